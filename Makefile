@@ -1,0 +1,57 @@
+.DEFAULT_GOAL := help
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+ARGS     ?=
+BIN      := $(VENV)/bin
+INSTALL   = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
+
+# The GPU targets take a PYTHON named by the caller as it is, without a virtual environment
+# and without an install: `make test-gpu PYTHON=python3` on a machine that has torch.
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(BIN)/python
+GPU_TEST   := $(VENV)/.test
+GPU_BENCH  := $(VENV)/.package
+else
+GPU_PYTHON := $(PYTHON)
+endif
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "CEM needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.package: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	@echo "installing the package into $(VENV) ..."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.%: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	@echo "installing the package and its $* extra into $(VENV) ..."
+	@$(INSTALL) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.package  ## set up and run the demo
+	$(BIN)/cem demo $(ARGS)
+
+test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one
+	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest $(ARGS)
+
+bench: $(VENV)/.package  ## time the derived layers against hand-written ones
+	$(BIN)/python -m benchmarks.layers $(ARGS)
+
+bench-gpu: $(GPU_BENCH)  ## the same on a GPU; ARGS='--dtype bfloat16 --compile'
+	$(GPU_PYTHON) -m benchmarks.layers --device cuda $(ARGS)
+
+lint: $(VENV)/.dev  ## set up and run the static checks
+	$(BIN)/ruff check . && $(BIN)/codespell
+
+clean:  ## remove what the other commands made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+.PHONY: help demo test test-gpu bench bench-gpu lint clean
