@@ -1,0 +1,1 @@
+"""The energy language: words, symbols, normal form, the torch pen, notation and serialisation."""

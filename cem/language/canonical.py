@@ -1,0 +1,228 @@
+"""One form for every way of writing an expression.
+
+Two expressions that differ in the names of their bound indices, in where constant factors stand, or in how
+log-sum-exp is spelled become equal. Sub-expressions with the same free indices become equal objects, so that
+the calculus and the lowering can share them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, Symbol, exp, log
+from sympy.core.function import Function
+
+from .symbols import LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
+
+Indices = frozenset[Idx]
+
+LETTERS = {
+    "dim": "ijkl",
+    "seq": "su",
+    "heads": "ac",
+    "rank": "rq",
+    "hidden": "mn",
+    "block": "bp",
+    "groups": "gf",
+}
+"""Names of bound indices by the name of their size; any other size uses its own first letter."""
+
+
+@lru_cache(maxsize=None)
+def bound_name(size: Expr, height: int) -> Idx:
+    """The index over ``size`` that a reduction binds at a given nesting height."""
+    name = str(size) if isinstance(size, Symbol) else "dim"
+    letters = LETTERS.get(name, next((c for c in name if c.isalpha()), "n"))
+    label = letters[height] if height < len(letters) else f"{letters[0]}{height}"
+    return Idx(Symbol(label, integer=True), size)
+
+
+@lru_cache(maxsize=65536)
+def free_indices(expression: Expr) -> Indices:
+    """The indices that an expression depends on and does not bind."""
+    match expression:
+        case Idx():
+            return frozenset((expression,))
+        case Sum():
+            return free_indices(expression.function) - {limit[0] for limit in expression.limits}
+        case LogSumExp():
+            return free_indices(expression.body) - {expression.index}
+        case Softmax():
+            return free_indices(expression.body) | {expression.index}
+        case Ravel():
+            body, slot, idx = expression.args
+            return (free_indices(body) - frozenset(split(slot))) | {idx}
+        case Indexed():
+            return frozenset().union(*map(free_indices, expression.indices))
+        case Tensor() | Symbol():
+            return frozenset()
+    if not expression.args:
+        return frozenset()
+    return frozenset().union(*map(free_indices, expression.args))
+
+
+def rename(expression: Expr, names: dict[Idx, Expr]) -> Expr:
+    """Replace free indices; bound ones of the same name stay."""
+    names = {old: new for old, new in names.items() if old in free_indices(expression)}
+    if not names:
+        return expression
+    return _Renamer().visit(expression, names)
+
+
+class _Renamer:
+    """Rebuilds an expression with every binder on an index of its own, so that nothing is captured."""
+
+    def __init__(self) -> None:
+        self.memo: dict[tuple[Expr, tuple], Expr] = {}
+
+    def visit(self, expression: Expr, names: dict[Idx, Expr]) -> Expr:
+        free = free_indices(expression)
+        key = (expression, tuple((old, names[old]) for old in names if old in free))
+        if key not in self.memo:
+            self.memo[key] = self.build(expression, names)
+        return self.memo[key]
+
+    def bind(self, idx: Idx, names: dict[Idx, Expr]) -> tuple[Idx, dict[Idx, Expr]]:
+        fresh = Idx(Dummy(str(idx.label), integer=True), size_of(idx))
+        return fresh, {**names, idx: fresh}
+
+    def build(self, expression: Expr, names: dict[Idx, Expr]) -> Expr:
+        match expression:
+            case Idx():
+                return names.get(expression, expression)
+            case Indexed():
+                return Indexed(expression.base, *(slot.xreplace(names) for slot in expression.indices))
+            case Sum():
+                fresh = []
+                for limit in reversed(expression.limits):
+                    idx, names = self.bind(limit[0], names)
+                    fresh.append(idx)
+                return self.sum(self.visit(expression.function, names), tuple(reversed(fresh)))
+            case LogSumExp():
+                idx, inner = self.bind(expression.index, names)
+                return LogSumExp(self.visit(expression.body, inner), idx)
+            case Softmax():
+                # The index of a softmax stays free; it is renamed with its body.
+                return Softmax(
+                    self.visit(expression.body, names), names.get(expression.index, expression.index)
+                )
+            case Ravel():
+                body, slot, idx = expression.args
+                inner = names
+                for old in split(slot):
+                    _, inner = self.bind(old, inner)
+                return Ravel(self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx))
+        if not expression.args or not free_indices_or_binders(expression):
+            return expression
+        return self.node(expression, [self.visit(arg, names) for arg in expression.args])
+
+    def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
+        return total(body, indices)
+
+    def node(self, expression: Expr, args: list[Expr]) -> Expr:
+        return expression.func(*args)
+
+
+@lru_cache(maxsize=65536)
+def free_indices_or_binders(expression: Basic) -> bool:
+    """Whether a walk has anything to rename below this node."""
+    if isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel):
+        return True
+    return any(map(free_indices_or_binders, expression.args))
+
+
+class _Normaliser(_Renamer):
+    """A renamer that also pulls factors out of sums and recognises log-sum-exp."""
+
+    def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
+        for idx in indices:
+            body = self.sum_one(body, idx)
+        return body
+
+    def sum_one(self, body: Expr, idx: Idx) -> Expr:
+        if body.is_Add:
+            return Add(*(self.sum_one(term, idx) for term in body.args))
+        if idx not in free_indices(body):
+            return body * size_of(idx)
+        outside, inside = [], []
+        for factor in Mul.make_args(body):
+            (inside if idx in free_indices(factor) else outside).append(factor)
+        return Mul(*outside, Sum(Mul(*inside), (idx, 0, idx.args[1][1])))
+
+    def node(self, expression: Expr, args: list[Expr]) -> Expr:
+        if isinstance(expression, log) and isinstance(args[0], Sum):
+            reduced: Expr = args[0].function
+            if isinstance(reduced, exp):
+                reduced = reduced.args[0]
+                for limit in args[0].limits:
+                    reduced = LogSumExp(reduced, limit[0])
+                return reduced
+        return expression.func(*args)
+
+
+def _order(idx: Idx) -> tuple[str, str]:
+    return (str(size_of(idx)), str(idx.label))
+
+
+def canonical(expression: Expr) -> Expr:
+    """The normal form of an expression: canonical bound names, factors out of sums, log-sum-exp as one word."""
+    return _name(_Normaliser().visit(expression, {}))
+
+
+def _name(expression: Expr) -> Expr:
+    """Name every bound index by the height of its binder; free indices keep their names."""
+    heights: dict[Idx, int] = {}
+    depth: dict[Expr, dict[Expr, int]] = {}
+
+    def below(node: Basic) -> dict[Expr, int]:
+        """For every size, how many nested binders of it stand in this node."""
+        if node in depth:
+            return depth[node]
+        found: dict[Expr, int] = {}
+        if not isinstance(node, Idx | Indexed | Tensor | Symbol):
+            for arg in node.args:
+                for size, height in below(arg).items():
+                    found[size] = max(height, found.get(size, 0))
+        match node:
+            case Sum():
+                bound = tuple(limit[0] for limit in node.limits)
+            case LogSumExp():
+                bound = (node.index,)
+            case Ravel():
+                bound = split(node.args[1])
+            case _:
+                bound = ()
+        for idx in sorted(bound, key=lambda idx: str(size_of(idx))):
+            size = size_of(idx)
+            heights[idx] = found.get(size, 0)
+            found[size] = heights[idx] + 1
+        depth[node] = found
+        return found
+
+    below(expression)
+    names = {idx: bound_name(size_of(idx), height) for idx, height in heights.items()}
+    return _sorted(expression.xreplace(names))
+
+
+def _sorted(expression: Expr) -> Expr:
+    """Order the limits of every sum by the names of their sizes."""
+    changes = {}
+    for node in expression.atoms(Sum):
+        if len(node.limits) > 1:
+            limits = sorted(node.limits, key=lambda limit: _order(limit[0]))
+            if tuple(limits) != tuple(node.limits):
+                changes[node] = limits
+    if not changes:
+        return expression
+    return _reorder(expression)
+
+
+def _reorder(node: Expr) -> Expr:
+    if not node.args or isinstance(node, Idx | Indexed | Tensor | Symbol):
+        return node
+    if isinstance(node, Sum):
+        return Sum(_reorder(node.function), *sorted(node.limits, key=lambda limit: _order(limit[0])))
+    return node.func(*map(_reorder, node.args))
+
+
+__all__ = ["Pow", "Function", "Integer", "bound_name", "canonical", "free_indices", "rename"]

@@ -1,0 +1,277 @@
+"""The table of element-wise words: one row a word, with its derivative, torch meaning, curvature and LaTeX.
+
+A word is a SymPy function of one argument. Called on a torch tensor, or inside the torch pen, it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from sympy import Expr, Function, Integer, Rational
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Activation(Function):
+    """Base of the words that SymPy does not have; called on a tensor it computes."""
+
+    nargs = 1
+
+    def __new__(cls, z, **options):
+        if isinstance(z, torch.fx.Proxy):
+            return z.tracer.create_proxy("call_function", cls, (z,), {})
+        if isinstance(z, Tensor):
+            return word_of(cls).torch(z)
+        return super().__new__(cls, z, **options)
+
+    def _eval_is_real(self):
+        return self.args[0].is_real
+
+    def fdiff(self, argindex: int = 1) -> Expr:
+        return word_of(type(self)).derivative(self.args[0])
+
+
+class relu(Activation):
+    """max(z, 0)."""
+
+
+class gelu(Activation):
+    """z Phi(z), with Phi the normal distribution function (arXiv:1606.08415)."""
+
+
+class gelu_tanh(Activation):
+    """The tanh approximation of gelu: z/2 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))."""
+
+
+class silu(Activation):
+    """z sigmoid(z)."""
+
+
+class softplus(Activation):
+    """log(1 + exp(z)), the antiderivative of the sigmoid."""
+
+
+class sigmoid(Activation):
+    """1 / (1 + exp(-z))."""
+
+
+class step(Activation):
+    """1 where z > 0, else 0: the derivative of relu (0 at the kink, as in torch)."""
+
+
+class normal_cdf(Activation):
+    """Phi(z), the distribution function of the standard normal."""
+
+
+class normal_pdf(Activation):
+    """phi(z) = exp(-z^2/2) / sqrt(2 pi)."""
+
+
+class log_cosh(Activation):
+    """log cosh(z), the antiderivative of tanh."""
+
+
+class relu_antiderivative(Activation):
+    """relu(z)^2 / 2."""
+
+
+class gelu_antiderivative(Activation):
+    """((z^2 - 1) Phi(z) + z phi(z)) / 2."""
+
+
+class softplus_antiderivative(Activation):
+    """-Li2(-exp(z)), with Li2 the dilogarithm."""
+
+
+class silu_antiderivative(Activation):
+    """z softplus(z) + Li2(-exp(z)), with Li2 the dilogarithm."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One row of the table.
+
+    ``curvature`` is the shape of the function on the whole real line (``convex``, ``concave`` or ``None``),
+    ``monotone`` is +1, -1 or 0, ``sign`` is +1 where it is never negative, else 0: what the rules of
+    disciplined convex programming need.
+    """
+
+    function: type[Function]
+    derivative: Callable[[Expr], Expr]
+    torch: Callable[[Tensor], Tensor]
+    latex: str
+    curvature: str | None = None
+    monotone: int = 0
+    sign: int = 0
+    antiderivative: type[Function] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+def _softplus(z: Tensor) -> Tensor:
+    # torch switches to the identity at 20 by default, which costs 2e-9; at 40 the switch is below float64.
+    return F.softplus(z, threshold=40.0)
+
+
+def _normal_pdf(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def _log_cosh(z: Tensor) -> Tensor:
+    return _softplus(2.0 * z) - z - math.log(2.0)
+
+
+def _softplus_antiderivative(z: Tensor) -> Tensor:
+    """-Li2(-e^z): a Bernoulli series in log(1 + e^-|z|) <= log 2, and the inversion formula for z > 0.
+
+    With y = log(1 + e^-|z|), -Li2(-e^-|z|) = y + y^2/4 + sum_k B_2k y^(2k+1)/(2k+1)!, nine terms of which
+    reach float64 (Lewin, Polylogarithms and Associated Functions, 1981, sections 1.2 and 1.5).
+    """
+    y = _softplus(-z.abs())
+    square = y * y
+    series = torch.zeros_like(y)
+    for coefficient in reversed(_BERNOULLI):
+        series = series * square + coefficient
+    tail = y + 0.25 * square + y * square * series
+    return torch.where(z > 0, 0.5 * z * z + math.pi**2 / 6.0 - tail, tail)
+
+
+_BERNOULLI = tuple(
+    float(sympy.bernoulli(2 * k) / sympy.factorial(2 * k + 1)) for k in range(1, 10)
+)
+
+
+def _gelu_tanh_derivative(z: Expr) -> Expr:
+    c = sympy.sqrt(2 / sympy.pi)
+    t = sympy.tanh(c * (z + Rational(44715, 1000000) * z**3))
+    return (1 + t) / 2 + z * (1 - t**2) * c * (1 + Rational(134145, 1000000) * z**2) / 2
+
+
+WORDS: tuple[Word, ...] = (
+    Word(sympy.exp, sympy.exp, torch.exp, r"\exp", "convex", +1, +1, sympy.exp),
+    Word(sympy.log, lambda z: 1 / z, torch.log, r"\log", "concave", +1),
+    Word(sympy.Abs, sympy.sign, torch.abs, r"\left|{}\right|", "convex", 0, +1),
+    Word(sympy.sign, lambda z: Integer(0), torch.sign, r"\operatorname{sign}"),
+    Word(sympy.sin, sympy.cos, torch.sin, r"\sin"),
+    Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", antiderivative=sympy.sin),
+    Word(sympy.tanh, lambda z: 1 - sympy.tanh(z) ** 2, torch.tanh, r"\tanh", None, +1, 0, log_cosh),
+    Word(relu, step, torch.relu, r"\operatorname{relu}", "convex", +1, +1, relu_antiderivative),
+    Word(
+        gelu,
+        lambda z: normal_cdf(z) + z * normal_pdf(z),
+        F.gelu,
+        r"\operatorname{gelu}",
+        antiderivative=gelu_antiderivative,
+    ),
+    Word(
+        gelu_tanh,
+        _gelu_tanh_derivative,
+        lambda z: F.gelu(z, approximate="tanh"),
+        r"\operatorname{gelu}_{\tanh}",
+    ),
+    Word(
+        silu,
+        lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
+        F.silu,
+        r"\operatorname{silu}",
+        antiderivative=silu_antiderivative,
+    ),
+    Word(
+        softplus,
+        sigmoid,
+        _softplus,
+        r"\operatorname{softplus}",
+        "convex",
+        +1,
+        +1,
+        softplus_antiderivative,
+    ),
+    Word(
+        sigmoid,
+        lambda z: sigmoid(z) * (1 - sigmoid(z)),
+        torch.sigmoid,
+        r"\sigma",
+        None,
+        +1,
+        +1,
+        softplus,
+    ),
+    Word(
+        step,
+        lambda z: Integer(0),
+        lambda z: (z > 0).to(z.dtype),
+        r"\mathbf{1}_{>0}",
+        None,
+        +1,
+        +1,
+        relu,
+    ),
+    Word(normal_cdf, normal_pdf, torch.special.ndtr, r"\Phi", None, +1, +1),
+    Word(normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf),
+    Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1),
+    Word(
+        relu_antiderivative,
+        relu,
+        lambda z: 0.5 * torch.relu(z).square(),
+        r"\operatorname{relu}^{(-1)}",
+        "convex",
+        +1,
+        +1,
+    ),
+    Word(
+        gelu_antiderivative,
+        gelu,
+        lambda z: 0.5 * ((z * z - 1.0) * torch.special.ndtr(z) + z * _normal_pdf(z)),
+        r"\operatorname{gelu}^{(-1)}",
+    ),
+    Word(
+        softplus_antiderivative,
+        softplus,
+        _softplus_antiderivative,
+        r"\operatorname{softplus}^{(-1)}",
+        "convex",
+        +1,
+        +1,
+    ),
+    Word(
+        silu_antiderivative,
+        silu,
+        lambda z: z * _softplus(z) - _softplus_antiderivative(z),
+        r"\operatorname{silu}^{(-1)}",
+    ),
+)
+
+_ROWS = {word.function: word for word in WORDS}
+
+
+def word_of(function: type[Function]) -> Word:
+    """The row of a function; ``ValueError`` for one that is not a word of the language."""
+    try:
+        return _ROWS[function]
+    except KeyError:
+        raise ValueError(
+            f"`{function.__name__}` is not a word of the language: type one of"
+            f" {', '.join(sorted(row.name for row in WORDS))}"
+        ) from None
+
+
+def antiderivative(function: type[Function]) -> type[Function]:
+    """The word whose derivative is the given word, up to a constant.
+
+    >>> import cem
+    >>> cem.antiderivative(cem.gelu)
+    gelu_antiderivative
+    """
+    found = word_of(function).antiderivative
+    if found is None:
+        raise ValueError(
+            f"`{function.__name__}` has no antiderivative among the words: type one of"
+            f" {', '.join(sorted(row.name for row in WORDS if row.antiderivative))}"
+        )
+    return found
