@@ -1,0 +1,119 @@
+"""Text, the n-gram baseline and the language model."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from cem import lm
+
+
+def folder(tmp_path, count=60):
+    for i in range(count):
+        (tmp_path / f"m{i}.py").write_bytes(f"x{i} = {i}\n".encode() * 5)
+    return tmp_path
+
+
+def test_the_split_is_by_file_and_repeatable(tmp_path):
+    root = folder(tmp_path)
+    one, two = lm.python_sources(root, held_out=0.2), lm.python_sources(root, held_out=0.2)
+    assert set(one.train_files).isdisjoint(one.held_out_files)
+    assert len(one.train_files) + len(one.held_out_files) == 60
+    assert one.train_files == two.train_files and one.digest == two.digest
+    np.testing.assert_array_equal(one.train, two.train)
+    assert one.train.dtype == np.uint8
+    for side, names in ((one.train, one.train_files), (one.held_out, one.held_out_files)):
+        assert side.tobytes() == b"\0".join((root / name).read_bytes() for name in names)
+
+
+def test_a_file_keeps_its_side_when_others_come_and_go(tmp_path):
+    before = lm.python_sources(folder(tmp_path), held_out=0.2)
+    (tmp_path / "new.py").write_text("new = 1\n")
+    (tmp_path / before.train_files[0]).unlink()
+    after = lm.python_sources(tmp_path, held_out=0.2)
+    assert set(after.held_out_files) - {"new.py"} == set(before.held_out_files)
+    assert after.digest != before.digest
+
+
+def test_test_suites_and_installed_packages_are_left_out(tmp_path):
+    for name in ("test", "site-packages", "idlelib/idle_test"):
+        (folder(tmp_path) / name).mkdir(parents=True)
+        (tmp_path / name / "a.py").write_text("left = 'out'\n")
+    corpus = lm.python_sources(tmp_path)
+    assert len(corpus.train_files) + len(corpus.held_out_files) == 60
+
+
+def test_a_text_that_cannot_be_split_says_so(tmp_path):
+    with pytest.raises(ValueError, match="got 0 to train on and 0 held out; give a folder"):
+        lm.python_sources(tmp_path)
+    with pytest.raises(ValueError, match="share between 0 and 1: got 2; try `held_out=0.05`"):
+        lm.python_sources(tmp_path, held_out=2)
+
+
+def test_batches_repeat_with_the_seed():
+    data = np.arange(200, dtype=np.uint8)
+
+    def take(seed):
+        stream = lm.batches(data, batch=3, context=7, seed=seed)
+        return np.stack(list(itertools.islice(stream, 4)))
+
+    assert take(0).shape == (4, 3, 8) and take(0).dtype == np.uint8
+    np.testing.assert_array_equal(take(0), take(0))
+    assert (take(0) != take(1)).any()
+    assert (np.diff(take(0).astype(int)) == 1).all()  # consecutive bytes
+    with pytest.raises(ValueError, match="context 200 needs 201 bytes: got 200"):
+        next(lm.batches(data, batch=1, context=200))
+
+
+@pytest.mark.parametrize("count", [1, 4, 1000])
+def test_even_windows_predict_no_byte_twice(count):
+    data = np.arange(100, dtype=np.uint8)
+    windows, positions = lm.even_windows(data, count=count, context=9)
+    assert windows.shape == (min(count, 11), 10)
+    np.testing.assert_array_equal(windows[:, 1:], data[positions])
+    assert len(np.unique(positions)) == positions.size
+
+
+def counted_bits(rows, text, positions, order):
+    """The definition of the n-gram model, byte by byte, with exact dictionaries of counts."""
+    bits = []
+    for position in positions:
+        p = 1 / 256
+        for k in range(min(order, position) + 1):
+            context, byte = text[position - k : position], text[position]
+            followers = [
+                row[i + k] for row in rows for i in range(len(row) - k) if row[i : i + k] == context
+            ]
+            if followers:
+                kinds = len(set(followers))
+                p = (followers.count(byte) + kinds * p) / (len(followers) + kinds)
+        bits.append(-math.log2(p))
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_ngram_matches_counting_by_hand(rows):
+    random = np.random.default_rng(0)
+    # 0 and 255 are the ends of the range of bytes, where packed grams could wrap.
+    letters = np.array([0, 97, 98, 255], np.uint8)
+    train, text = letters[random.integers(4, size=(rows, 60))], letters[random.integers(4, size=40)]
+    positions = np.array([0, 1, 2, 3, 5, 17, 39])
+    got = lm.ngram_bits(train[0] if rows == 1 else train, text, positions, order=5)
+    for order in range(6):
+        expected = counted_bits([r.tobytes() for r in train], text.tobytes(), positions, order)
+        assert got[order] == pytest.approx(expected, abs=1e-12)
+
+
+def test_ngram_probabilities_sum_to_one():
+    train = np.frombuffer(b"the cat sat on the mat", np.uint8)
+    texts = [np.frombuffer(b"the " + bytes([b]), np.uint8) for b in range(256)]
+    for order in range(5):
+        total = sum(2.0 ** -lm.ngram_bits(train, t, np.array([4]), order=order)[-1] for t in texts)
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+def test_ngram_order_is_limited():
+    text = np.frombuffer(b"abc", np.uint8)
+    with pytest.raises(ValueError, match="`order` must be between 0 and 6: got 7"):
+        lm.ngram_bits(text, text, np.array([1]), order=7)
