@@ -1,5 +1,8 @@
-"""The gallery of energies, one a file; installed and imported as `cem.energies`."""
+"""The gallery: one energy a file, with its formula, its source and its code."""
 
-# From the repository root `import energies` would work too, and give second, different classes.
 if __name__ != "cem.energies":
-    raise ImportError("the gallery is imported as `cem.energies`: got `import energies`")
+    raise ImportError("this folder is a part of the package: type `import cem.energies`")
+
+from .interaction import interaction
+
+__all__ = ["interaction"]

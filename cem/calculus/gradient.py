@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, Symbol, log
+from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, log
 
 from ..language.canonical import canonical, free_indices, rename
-from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, size_of, split, total
+from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, split, total
 from ..language.words import word_of
 
 
@@ -73,7 +73,7 @@ def _topological(root: Expr) -> list[Expr]:
         order.append(node)
 
     visit(root)
-    return order if order else []
+    return order
 
 
 def _scatter(slot: Expr, adjoint: Expr, free: Idx) -> Expr:
@@ -106,7 +106,7 @@ def _pull_back(node: Expr, adjoint: Expr):
         case LogSumExp():
             yield node.body, adjoint * Softmax(node.body, node.index)
         case Softmax():
-            mean = Sum(node * adjoint, (node.index, 0, size_of(node.index) - 1))
+            mean = total(node * adjoint, (node.index,))
             yield node.body, node * (adjoint - mean)
         case Ravel():
             body, slot, idx = node.args
@@ -115,6 +115,3 @@ def _pull_back(node: Expr, adjoint: Expr):
             yield node.args[0], adjoint * word_of(node.func).derivative(node.args[0])
         case _:
             raise ValueError(f"`{type(node).__name__}` is not a word of the language: got {node}")
-
-
-__all__ = ["depends_on_state", "gradient", "output_index", "Symbol"]

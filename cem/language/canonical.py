@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, Symbol, exp, log
-from sympy.core.function import Function
+from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Mul, Sum, Symbol, exp, log
 
 from .symbols import LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
 
@@ -147,6 +146,13 @@ class _Normaliser(_Renamer):
         outside, inside = [], []
         for factor in Mul.make_args(body):
             (inside if idx in free_indices(factor) else outside).append(factor)
+        if any(isinstance(f, Softmax) and f.index == idx for f in inside):
+            # A weighted mean is taken term by term, so that each term is a plain average of context features.
+            for n, factor in enumerate(inside):
+                if factor.is_Add:
+                    others = inside[:n] + inside[n + 1 :]
+                    parts = (self.sum_one(Mul(term, *others), idx) for term in factor.args)
+                    return Mul(*outside, Add(*parts))
         return Mul(*outside, Sum(Mul(*inside), (idx, 0, idx.args[1][1])))
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
@@ -170,38 +176,51 @@ def canonical(expression: Expr) -> Expr:
 
 
 def _name(expression: Expr) -> Expr:
-    """Name every bound index by the height of its binder; free indices keep their names."""
+    """Name every bound index; free indices keep their names.
+
+    An index gets the first letter of its size that no reduction inside its scope, and mentioning it, has taken.
+    The names in a sub-expression so depend on that sub-expression alone.
+    """
+    names: dict[Idx, Idx] = {}
     heights: dict[Idx, int] = {}
-    depth: dict[Expr, dict[Expr, int]] = {}
+    done: set[Basic] = set()
 
-    def below(node: Basic) -> dict[Expr, int]:
-        """For every size, how many nested binders of it stand in this node."""
-        if node in depth:
-            return depth[node]
-        found: dict[Expr, int] = {}
-        if not isinstance(node, Idx | Indexed | Tensor | Symbol):
-            for arg in node.args:
-                for size, height in below(arg).items():
-                    found[size] = max(height, found.get(size, 0))
-        match node:
-            case Sum():
-                bound = tuple(limit[0] for limit in node.limits)
-            case LogSumExp():
-                bound = (node.index,)
-            case Ravel():
-                bound = split(node.args[1])
-            case _:
-                bound = ()
-        for idx in sorted(bound, key=lambda idx: str(size_of(idx))):
+    def visit(node: Basic) -> None:
+        if node in done or isinstance(node, Idx | Indexed | Tensor | Symbol):
+            return
+        done.add(node)
+        for arg in node.args:
+            visit(arg)
+        bound = bound_indices(node)
+        for position, idx in enumerate(bound):
             size = size_of(idx)
-            heights[idx] = found.get(size, 0)
-            found[size] = heights[idx] + 1
-        depth[node] = found
-        return found
+            taken = {heights[other] for other in bound[:position] if size_of(other) == size}
+            taken |= {heights[other] for other in _binders_around(node.args[0], idx, size)}
+            heights[idx] = max(taken, default=-1) + 1
+            names[idx] = bound_name(size, heights[idx])
 
-    below(expression)
-    names = {idx: bound_name(size_of(idx), height) for idx, height in heights.items()}
+    visit(expression)
     return _sorted(expression.xreplace(names))
+
+
+def bound_indices(node: Basic) -> tuple[Idx, ...]:
+    """The indices that this node itself binds."""
+    match node:
+        case Sum():
+            return tuple(limit[0] for limit in node.limits)
+        case LogSumExp():
+            return (node.index,)
+        case Ravel():
+            return split(node.args[1])
+    return ()
+
+
+def _binders_around(node: Basic, idx: Idx, size: Expr) -> set[Idx]:
+    """Indices over ``size`` bound below ``node`` by reductions in which ``idx`` is free."""
+    if isinstance(node, Idx | Indexed | Tensor | Symbol) or idx not in free_indices(node):
+        return set()
+    found = {other for other in bound_indices(node) if size_of(other) == size}
+    return found.union(*(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr)))
 
 
 def _sorted(expression: Expr) -> Expr:
@@ -223,6 +242,3 @@ def _reorder(node: Expr) -> Expr:
     if isinstance(node, Sum):
         return Sum(_reorder(node.function), *sorted(node.limits, key=lambda limit: _order(limit[0])))
     return node.func(*map(_reorder, node.args))
-
-
-__all__ = ["Pow", "Function", "Integer", "bound_name", "canonical", "free_indices", "rename"]

@@ -127,6 +127,26 @@ def _log_cosh(z: Tensor) -> Tensor:
     return _softplus(2.0 * z) - z - math.log(2.0)
 
 
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _step(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+def _relu_antiderivative(z: Tensor) -> Tensor:
+    return 0.5 * torch.relu(z).square()
+
+
+def _gelu_antiderivative(z: Tensor) -> Tensor:
+    return 0.5 * ((z * z - 1.0) * torch.special.ndtr(z) + z * _normal_pdf(z))
+
+
+def _silu_antiderivative(z: Tensor) -> Tensor:
+    return z * _softplus(z) - _softplus_antiderivative(z)
+
+
 def _softplus_antiderivative(z: Tensor) -> Tensor:
     """-Li2(-e^z): a Bernoulli series in log(1 + e^-|z|) <= log 2, and the inversion formula for z > 0.
 
@@ -172,7 +192,7 @@ WORDS: tuple[Word, ...] = (
     Word(
         gelu_tanh,
         _gelu_tanh_derivative,
-        lambda z: F.gelu(z, approximate="tanh"),
+        _gelu_tanh,
         r"\operatorname{gelu}_{\tanh}",
     ),
     Word(
@@ -205,7 +225,7 @@ WORDS: tuple[Word, ...] = (
     Word(
         step,
         lambda z: Integer(0),
-        lambda z: (z > 0).to(z.dtype),
+        _step,
         r"\mathbf{1}_{>0}",
         None,
         +1,
@@ -218,7 +238,7 @@ WORDS: tuple[Word, ...] = (
     Word(
         relu_antiderivative,
         relu,
-        lambda z: 0.5 * torch.relu(z).square(),
+        _relu_antiderivative,
         r"\operatorname{relu}^{(-1)}",
         "convex",
         +1,
@@ -227,7 +247,7 @@ WORDS: tuple[Word, ...] = (
     Word(
         gelu_antiderivative,
         gelu,
-        lambda z: 0.5 * ((z * z - 1.0) * torch.special.ndtr(z) + z * _normal_pdf(z)),
+        _gelu_antiderivative,
         r"\operatorname{gelu}^{(-1)}",
     ),
     Word(
@@ -242,7 +262,7 @@ WORDS: tuple[Word, ...] = (
     Word(
         silu_antiderivative,
         silu,
-        lambda z: z * _softplus(z) - _softplus_antiderivative(z),
+        _silu_antiderivative,
         r"\operatorname{silu}^{(-1)}",
     ),
 )

@@ -1,1 +1,193 @@
-"""From an expression to a torch program."""
+"""From an energy to the torch functions of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sympy import Expr, Symbol
+from torch import Tensor, fx
+
+from ..energy import Energy
+from ..language.symbols import Scalar
+from .emit import INPUTS, Emitter, Program
+from .listing import compiled, listing
+from .reference import TokenEnergy, energy_of, from_callable, gradient_of
+from .schedule import split
+
+
+class LoweringError(ValueError):
+    """An explicit lowering that does not fit the energy."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every program of one layer has in common."""
+
+    energy: Energy
+    sizes: Mapping[Symbol, int]
+    scalars: Mapping[Scalar, float]
+    names: tuple[str, ...]
+
+    def emitter(self, **options) -> Emitter:
+        return Emitter(self.sizes, self.scalars, **options)
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*INPUTS, *self.names]
+
+    def compile(self, graph: fx.Graph, name: str, extra: Sequence[str] = ()) -> Callable:
+        return compiled(listing(graph, name, [*self.arguments, *extra]), name)
+
+    def token_energy(self) -> TokenEnergy:
+        if self.energy.expression is None:
+            fixed = {str(scalar): value for scalar, value in self.scalars.items()}
+            return from_callable(self.energy.function, self.names, fixed, self.energy.context is not None)
+        program = self.emitter(batched=False).program([self.energy.expression])
+        scale = program.scale
+        arguments = ["h", "frozen", "x", "visible", *self.names]
+        function = compiled(listing(program.graph, "energy", arguments), "energy")
+        return function if scale == 1 else lambda *inputs: scale * function(*inputs)
+
+
+@dataclass(frozen=True)
+class EnergyFunction:
+    """Energies (B, T) from (h, frozen, x, visible, causal, *parameters); ``needs_mask`` as in ``Lowering``."""
+
+    function: Callable[..., Tensor]
+    needs_mask: bool = False
+    scale: float = 1.0
+
+    def __call__(self, *inputs) -> Tensor:
+        found = self.function(*inputs)
+        return found if self.scale == 1 else self.scale * found
+
+
+class Lowering:
+    """The torch functions of a layer and how they were found.
+
+    Every function takes ``(h, frozen, x, visible, causal, *parameters)``; ``gradient`` takes the values of
+    ``prepare`` after them.
+
+    Attributes:
+        kind: ``"fused"`` for a program in closed form, ``"autograd"`` for the derivative taken at run time.
+        kernels: what the program is made of: ``"sdpa"``, ``"matmul"``, ``"einsum"``, ``"dense_softmax"``,
+            ``"autograd"``.
+        reasons: sentences that say why something was not fused.
+        scale: dE/dh is ``scale`` times what ``gradient`` returns.
+        needs_mask: whether the visible set is needed as a dense mask even where a kernel knows it is causal.
+    """
+
+    kind: str
+    kernels: tuple[str, ...]
+    reasons: tuple[str, ...]
+    scale: float = 1.0
+    needs_mask: bool = False
+    code: str
+    graph: fx.Graph | None = None
+    prepare: Callable[..., tuple]
+    gradient: Callable[..., Tensor]
+    energy: EnergyFunction
+    fast_energy: EnergyFunction
+    gradient_and_energy: EnergyFunction
+
+
+class Fused(Lowering):
+    """A program in closed form; ``fixed`` names the inputs that stay the same from step to step."""
+
+    kind = "fused"
+
+    def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
+        program = plan.emitter().program([plan.energy.gradient])
+        self.plan = plan
+        self.kernels = program.kernels
+        self.reasons = program.reasons
+        self.scale = program.scale
+        self.needs_mask = program.needs_mask
+        self.graph = program.graph
+        self.code = _code(program)
+        prepare, repeat, border = split(program.graph, fixed)
+        self.prepare = plan.compile(prepare, "prepare")
+        self.gradient = plan.compile(repeat, "gradient", border)
+
+    def _energy(self, **options) -> EnergyFunction:
+        program = self.plan.emitter(**options).program([self.plan.energy.expression])
+        function = self.plan.compile(program.graph, "energy")
+        return EnergyFunction(function, program.needs_mask, program.scale)
+
+    @cached_property
+    def energy(self) -> EnergyFunction:
+        """Differentiable energies, written out over all pairs of tokens where there is a context."""
+        return self._energy(fuse=False)
+
+    @cached_property
+    def fast_energy(self) -> EnergyFunction:
+        """Energies from the kernels' own log-sum-exp; not differentiable."""
+        return self._energy(kernel_logsumexp=True)
+
+    @cached_property
+    def gradient_and_energy(self) -> EnergyFunction:
+        """The pair of what ``gradient`` returns and the energies, from the same kernel calls; not differentiable."""
+        expressions = [self.plan.energy.gradient, self.plan.energy.expression]
+        program = self.plan.emitter(kernel_logsumexp=True).program(expressions)
+        return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
+
+
+class Autograd(Lowering):
+    """The derivative of the energy of one token, taken by autograd when the layer runs."""
+
+    kind = "autograd"
+    kernels = ("autograd",)
+    needs_mask = False
+
+    def __init__(self, plan: _Plan, reasons: tuple[str, ...]) -> None:
+        token = plan.token_energy()
+        self.reasons = reasons
+        self.code = "gradient = vmap(vmap(grad(energy)))  # over batch and tokens"
+        self.prepare = lambda *inputs: ()
+        self.gradient = gradient_of(token)
+        self.energy = self.fast_energy = EnergyFunction(energy_of(token))
+        self.gradient_and_energy = EnergyFunction(
+            lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
+        )
+
+
+def _code(program: Program) -> str:
+    source = listing(program.graph, "gradient", list(program.inputs))
+    if program.scale == 1:
+        return source
+    head, body = source.split("\n", 1)
+    return f'{head}\n    """Returns r with dE/dh = {program.scale:g} * r."""\n{body}'
+
+
+def lower(
+    energy: Energy,
+    sizes: Mapping[Symbol, int],
+    scalars: Mapping[Scalar, float],
+    names: tuple[str, ...],
+    *,
+    kind: str = "auto",
+    fixed: Sequence[str] = (),
+) -> Lowering:
+    """Choose how a layer computes dE/dh.
+
+    ``names`` are the parameters and learned scalars in the order in which the functions take them. ``"fused"``
+    raises ``LoweringError`` where only autograd is possible, ``"autograd"`` forces the reference, ``"auto"`` is
+    fused where it can be.
+    """
+    plan = _Plan(energy, sizes, scalars, names)
+    if kind not in ("auto", "fused", "autograd"):
+        raise ValueError(
+            f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
+        )
+    if energy.expression is None:
+        if kind == "fused":
+            raise LoweringError(
+                f"energy `{energy.name}` cannot be fused: {energy.reason};"
+                ' type `lowering="autograd"` or rewrite that line'
+            )
+        return Autograd(plan, (energy.reason,))
+    if kind == "autograd":
+        return Autograd(plan, ('asked for with lowering="autograd"',))
+    return Fused(plan, fixed)

@@ -1,0 +1,337 @@
+"""The energy: one number per token, written in SymPy or in torch."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import torch
+from sympy import Expr, Indexed, Symbol, sympify
+
+from .calculus.curvature import curvature
+from .calculus.gradient import gradient
+from .derivation import Derivation
+from .language import serial
+from .language.canonical import canonical, free_indices
+from .language.evaluation import Evaluator
+from .language.notation import latex
+from .language.symbols import Context, Dim, Frozen, Parameter, Scalar, State, Tensor
+from .language.tracing import Untranslatable, signature, translate
+
+RESERVED = ("h", "x", "frozen", "visible", "causal")
+
+
+class Energy:
+    """A conditional energy E(h | x; theta): one scalar per token, dimensionless, lower is better.
+
+    The state h is what a layer moves; the context x and ``frozen(h)`` are not differentiated.
+
+    Args:
+        expression: a SymPy expression in the words of the language, without free indices.
+        name: what the energy is called in messages, traces and pages.
+
+    Raises:
+        ValueError: a free index, no state, two states, or a tensor used with two shapes.
+
+    >>> from sympy import Sum
+    >>> import cem
+    >>> dim, hidden = cem.dims("dim hidden")
+    >>> h, U = cem.state(dim), cem.parameter("U", hidden, dim)
+    >>> i, m = dim.index("i"), hidden.index("m")
+    >>> plain = cem.Energy(-Sum(cem.antiderivative(cem.relu)(Sum(U[m, i] * h[i], i)), m), name="plain")
+    >>> plain.gradient
+    -Sum(relu(Sum(U[m, i]*h[i], (i, 0, dim - 1)))*U[m, d], (m, 0, hidden - 1))
+    """
+
+    def __init__(self, expression: Expr, name: str = "energy") -> None:
+        expression = sympify(expression)
+        self.name = name
+        self.function: Callable | None = None
+        self.reason = ""
+        self.masks_itself = False
+        _check_free(expression, name)
+        self.expression: Expr | None = canonical(expression)
+        bases = sorted({leaf.base for leaf in expression.atoms(Indexed)}, key=str)
+        _check_bases(bases, name)
+        states = [b for b in bases if isinstance(b, State | Frozen)]
+        moving = [b for b in states if isinstance(b, State)]
+        if not moving:
+            raise ValueError(
+                f"energy `{name}` does not depend on a state: got {expression};"
+                " type `h = cem.state(dim)` and use `h[i]`"
+            )
+        self.state: State = moving[0]
+        self.context: Context | None = next((b for b in bases if isinstance(b, Context)), None)
+        self.parameters = tuple(b for b in bases if isinstance(b, Parameter))
+        self.scalars = tuple(sorted(expression.atoms(Scalar), key=str))
+        self._check_names()
+
+    @classmethod
+    def from_function(cls, function: Callable[..., torch.Tensor], shapes: Mapping[str, str]) -> Energy:
+        """The energy of a torch callable for one token; see :func:`energy`."""
+        self = cls.__new__(cls)
+        self.name = function.__name__
+        self.function = function
+        self.reason = ""
+        found = signature(function, dict(shapes))
+        self.masks_itself = found.visible
+        self.state, self.context = found.state, found.context
+        self.parameters = tuple(sorted(found.parameters, key=lambda p: str(p.name)))
+        self.scalars = tuple(sorted(found.scalars, key=str))
+        try:
+            self.expression = translate(function, dict(shapes)).expression
+        except Untranslatable as error:
+            self.expression = None
+            self.reason = str(error)
+        self._check_names()
+        self.__doc__ = function.__doc__
+        return self
+
+    def _check_names(self) -> None:
+        names = [str(p.name) for p in self.parameters] + [s.name for s in self.scalars]
+        for name in names:
+            if name in RESERVED or names.count(name) > 1:
+                why = "is a name of the layer's own inputs" if name in RESERVED else "is used twice"
+                raise ValueError(f"energy `{self.name}`: the parameter name `{name}` {why}; type another name")
+
+    # -- what it is made of ---------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> Expr:
+        """The size of the state: a named size or a product of named sizes."""
+        return self.state.shape[0]
+
+    @cached_property
+    def dims(self) -> tuple[Dim, ...]:
+        """The named sizes that a layer needs, those of the state first."""
+        found: dict[Dim, None] = {}
+        for base in (self.state, *self.parameters):
+            for size in base.shape:
+                found.update(dict.fromkeys(sorted(size.atoms(Dim), key=str)))
+        return tuple(found)
+
+    @cached_property
+    def gradient(self) -> Expr:
+        """dE/dh_d as an expression with the free index d; it points uphill."""
+        if self.expression is None:
+            raise ValueError(f"energy `{self.name}` has no symbolic gradient: {self.reason}")
+        return gradient(self.expression, self.width)
+
+    @property
+    def curvature(self) -> str:
+        """``"convex"``, ``"concave"``, ``"affine"`` or ``"unknown"`` in the state, by composition rules."""
+        return "unknown" if self.expression is None else curvature(self.expression)
+
+    # -- algebra --------------------------------------------------------------------------------------------
+
+    def _symbolic(self, what: str) -> Expr:
+        if self.expression is None:
+            raise ValueError(f"energy `{self.name}` cannot be {what}: {self.reason}")
+        return self.expression
+
+    def __add__(self, other: Energy) -> Energy:
+        """The sum of two energies of one state; parameters of the same name are shared."""
+        if not isinstance(other, Energy):
+            return NotImplemented
+        expression = self._symbolic("added") + other._symbolic("added")
+        return Energy(expression, name=f"{self.name}_{other.name}")
+
+    def __mul__(self, factor) -> Energy:
+        """A multiple of the energy; the factor is a number or a scalar of the language."""
+        if isinstance(factor, Energy):
+            return NotImplemented
+        return Energy(sympify(factor) * self._symbolic("scaled"), name=self.name)
+
+    __rmul__ = __mul__
+
+    def renamed(self, name: str | None = None, **names: str) -> Energy:
+        """The same energy with other names for its parameters, so that a sum does not share them.
+
+        >>> from cem.energies import interaction
+        >>> [str(p.name) for p in interaction.renamed(Q="Q2", K="K2").parameters]
+        ['K2', 'Q2']
+        """
+        expression = self._symbolic("renamed")
+        known = {str(p.name): p for p in self.parameters}
+        for old in names:
+            if old not in known:
+                raise ValueError(
+                    f"energy `{self.name}` has no parameter `{old}`: its parameters are {', '.join(known)}"
+                )
+        swap = {
+            known[old]: Parameter(Symbol(new, real=True), shape=known[old].shape) for old, new in names.items()
+        }
+        return Energy(expression.xreplace(swap), name=name or self.name)
+
+    # -- text -----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The energy as a tree of words; :meth:`from_json` reads it back exactly and evaluates nothing."""
+        return serial.to_json(self._symbolic("written as JSON"), name=self.name)
+
+    @classmethod
+    def from_json(cls, text: str) -> Energy:
+        """An energy from the text of :meth:`to_json`; ``ValueError`` for anything that is not a word."""
+        expression, name = serial.from_json(text)
+        return cls(expression, name=name)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Energy):
+            return NotImplemented
+        if self.expression is None:
+            return self.function is other.function
+        return self.expression == other.expression
+
+    def __hash__(self) -> int:
+        return hash(self.function if self.expression is None else self.expression)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{p.name}{tuple(p.shape)}" for p in self.parameters)
+        return f"Energy({self.name!r}, state={self.state.name}({self.width}), parameters=[{parts}])"
+
+    # -- value ----------------------------------------------------------------------------------------------
+
+    def __call__(self, h: torch.Tensor, x: torch.Tensor | None = None, **values) -> torch.Tensor:
+        """The energy of one token, a scalar tensor.
+
+        Args:
+            h: the state, shape (dim,).
+            x: the visible context tokens, shape (seq, dim).
+            **values: every parameter by name, scalars that differ from their default, and ``frozen`` for a
+                frozen state other than h.
+
+        Raises:
+            ValueError: a missing parameter, or shapes that contradict each other.
+        """
+        if self.expression is None:
+            return self.function(h, *(() if x is None else (x,)), **values)
+        frozen = values.pop("frozen", h)
+        sizes = self.infer_sizes(h, x, values)
+        tensors = {str(self.state.name): h, f"{self.state.name}bar": frozen}
+        if self.context is not None:
+            tensors[str(self.context.name)] = x
+        for scalar in self.scalars:
+            value = values.pop(scalar.name, scalar.default)
+            if value is None:
+                raise ValueError(f"energy `{self.name}` needs the scalar `{scalar.name}`: it has no default")
+            if isinstance(value, Expr):
+                value = float(value.xreplace(sizes))
+            tensors[scalar.name] = torch.as_tensor(value, dtype=h.dtype, device=h.device)
+        return Evaluator({**tensors, **values}, sizes)(self.expression)
+
+    def infer_sizes(
+        self, h: torch.Tensor, x: torch.Tensor | None, values: Mapping[str, torch.Tensor]
+    ) -> dict[Symbol, int]:
+        """Named sizes from the shapes of tensors; ``ValueError`` where they contradict each other."""
+        given: list[tuple[Tensor, torch.Tensor]] = [(self.state, h)]
+        if self.context is not None:
+            if x is None:
+                raise ValueError(f"energy `{self.name}` needs its context: call it with `{self.context.name}`")
+            given.append((self.context, x))
+        for parameter in self.parameters:
+            if str(parameter.name) not in values:
+                raise ValueError(
+                    f"energy `{self.name}` needs the parameter `{parameter.name}` of shape"
+                    f" {tuple(parameter.shape)}: got {', '.join(values) or 'none'}"
+                )
+            given.append((parameter, values[str(parameter.name)]))
+        sizes: dict[Symbol, int] = {}
+        for base, tensor in given:
+            wanted = tuple(base.shape)
+            if tensor.dim() != len(wanted):
+                raise ValueError(
+                    f"energy `{self.name}`: `{base.name}` has shape {wanted}: got {tuple(tensor.shape)}"
+                )
+            for size, length in zip(wanted, tensor.shape, strict=True):
+                if isinstance(size, Dim) and sizes.setdefault(size, length) != length:
+                    raise ValueError(
+                        f"energy `{self.name}`: size `{size}` is {sizes[size]} elsewhere and {length} in"
+                        f" `{base.name}` of shape {tuple(tensor.shape)}"
+                    )
+        for base, tensor in given:
+            for size, length in zip(base.shape, tensor.shape, strict=True):
+                known = size.xreplace(sizes)
+                if not known.is_number or int(known) != length:
+                    raise ValueError(
+                        f"energy `{self.name}`: an axis of `{base.name}` is {size} = {known}: got {length} in"
+                        f" {tuple(tensor.shape)}"
+                    )
+        return sizes
+
+    def derivation(self, layer=None) -> Derivation:
+        """The worked mathematics from the energy to its layer; see :class:`~cem.Derivation`."""
+        return Derivation.of_energy(self, layer)
+
+    def _repr_latex_(self) -> str:
+        if self.expression is None:
+            return rf"$\text{{{self.name}: a torch callable}}$"
+        return f"$E({self.state.name}) = {latex(self.expression)}$"
+
+    def __reduce__(self):
+        if self.expression is not None:
+            return Energy.from_json, (self.to_json(),)
+        return _found, (self.function.__module__, self.function.__qualname__)
+
+    def __deepcopy__(self, memo) -> Energy:
+        return self
+
+
+def _found(module: str, name: str) -> Energy:
+    """An energy of a callable that cannot be translated, by the name under which it can be imported."""
+    return pkgutil.resolve_name(f"{module}:{name}")
+
+
+def energy(**shapes: str) -> Callable[[Callable[..., torch.Tensor]], Energy]:
+    """Make an :class:`Energy` of a torch callable that computes one number for one token.
+
+    Shapes are named sizes separated by blanks; a group in parentheses is a product of sizes. The first argument
+    is the state; a second one whose shape begins with ``seq`` is the context; keyword-only arguments with a
+    shape are parameters, those without one are scalars. ``h.detach()`` or ``cem.frozen(h)`` is the frozen state.
+    An argument named ``frozen`` receives it; one named ``visible`` (bool, (seq,)) lets a callable that cannot be
+    translated mask its own reductions over the context.
+
+    Raises:
+        ValueError: a shape is missing or malformed, or the result is not one scalar.
+
+    >>> import torch, cem
+    >>> @cem.energy(h="dim", U="hidden dim")
+    ... def plain(h, *, U):
+    ...     return -0.5 * torch.relu(U @ h).square().sum()
+    >>> plain.gradient
+    -Sum(relu(Sum(U[m, i]*h[i], (i, 0, dim - 1)))*U[m, d], (m, 0, hidden - 1))
+    """
+
+    def decorate(function: Callable[..., torch.Tensor]) -> Energy:
+        return Energy.from_function(function, shapes)
+
+    return decorate
+
+
+def _check_free(expression: Expr, name: str) -> None:
+    free = sorted(map(str, free_indices(expression)))
+    if free:
+        raise ValueError(
+            f"energy `{name}` must be one number per token: got the free index"
+            f"{'es' if len(free) > 1 else ''} {', '.join(free)}; sum over it with `Sum(..., {free[0]})`"
+        )
+
+
+def _check_bases(bases: list[Tensor], name: str) -> None:
+    seen: dict[str, Tensor] = {}
+    for base in bases:
+        other = seen.setdefault(str(base.name), base)
+        if other != base:
+            raise ValueError(
+                f"energy `{name}` uses `{base.name}` with two shapes: got {tuple(other.shape)} and"
+                f" {tuple(base.shape)}; give one of them another name"
+            )
+    for kind in (State, Context):
+        found = [base for base in bases if isinstance(base, kind)]
+        if len(found) > 1:
+            raise ValueError(
+                f"energy `{name}` has more than one {kind.__name__.lower()}: got"
+                f" {', '.join(str(b.name) for b in found)}; an energy has one"
+            )
+
+

@@ -1,0 +1,128 @@
+"""The value of an expression for one token, read off the definition: broadcast, multiply, sum.
+
+Slow and plain on purpose. It shares nothing with the lowering, which is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
+from torch import Tensor
+
+from .symbols import LogSumExp, Ravel, Softmax, is_word, size_of, split
+from .words import word_of
+
+Axes = tuple[Idx, ...]
+
+
+class Evaluator:
+    """Evaluates expressions at given tensors.
+
+    ``tensors`` maps the names of states, contexts, parameters and scalars to their values, ``sizes`` maps named
+    sizes to integers; the context holds the visible tokens only.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], sizes: Mapping[Symbol, int]) -> None:
+        self.tensors = tensors
+        self.sizes = sizes
+        self.memo: dict[Expr, tuple[Tensor, Axes]] = {}
+        self.like = next(iter(tensors.values()))
+
+    def __call__(self, expression: Expr, axes: Axes = ()) -> Tensor:
+        """The value with its free indices in the order of ``axes``."""
+        return self._spread(self.value(expression), axes)
+
+    def size(self, idx: Idx) -> int:
+        return int(size_of(idx).xreplace(self.sizes))
+
+    def value(self, expression: Expr) -> tuple[Tensor, Axes]:
+        if expression not in self.memo:
+            self.memo[expression] = self._value(expression)
+        return self.memo[expression]
+
+    def _spread(self, value: tuple[Tensor, Axes], axes: Axes) -> Tensor:
+        """Permute to ``axes`` and repeat along those that are missing."""
+        tensor, own = value
+        present = [axis for axis in axes if axis in own]
+        tensor = tensor.permute([own.index(axis) for axis in present])
+        for position, axis in enumerate(axes):
+            if axis not in own:
+                tensor = tensor.unsqueeze(position)
+        return tensor.expand([self.size(axis) for axis in axes])
+
+    def _together(self, expressions) -> tuple[list[Tensor], Axes]:
+        values = [self.value(e) for e in expressions]
+        axes: dict[Idx, None] = {}
+        for _, own in values:
+            axes.update(dict.fromkeys(own))
+        return [self._spread(v, tuple(axes)) for v in values], tuple(axes)
+
+    def _value(self, expression: Expr) -> tuple[Tensor, Axes]:
+        match expression:
+            case Indexed():
+                return self._leaf(expression)
+            case Symbol() if expression.name in self.tensors:
+                return self.tensors[expression.name], ()
+            case Symbol():
+                return self.like.new_tensor(float(self.sizes[expression])), ()
+            case Add():
+                tensors, axes = self._together(expression.args)
+                return torch.stack(tensors).sum(0), axes
+            case Mul():
+                tensors, axes = self._together(expression.args)
+                return torch.stack(tensors).prod(0), axes
+            case Pow():
+                (base, exponent), axes = self._together(expression.args)
+                if expression.exp.is_Integer:
+                    return base ** int(expression.exp), axes
+                return base**exponent, axes
+            case Sum():
+                value = self.value(expression.function)
+                for limit in expression.limits:
+                    value = self._reduce(torch.sum, value, limit[0])
+                return value
+            case LogSumExp():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                if self.size(expression.index) == 0:
+                    return self._reduce(torch.sum, (tensor, axes), expression.index)
+                return self._reduce(torch.logsumexp, (tensor, axes), expression.index)
+            case Softmax():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                return torch.softmax(tensor, axes.index(expression.index)), axes
+            case Ravel():
+                body, slot, idx = expression.args
+                tensor, axes = self.value(body)
+                keep = tuple(axis for axis in axes if axis not in split(slot))
+                tensor = self._spread((tensor, axes), (*keep, *split(slot)))
+                return tensor.flatten(len(keep)), (*keep, idx)
+        if expression.is_number:
+            return self.like.new_tensor(float(expression)), ()
+        if is_word(expression):
+            tensor, axes = self.value(expression.args[0])
+            return word_of(expression.func).torch(tensor), axes
+        raise ValueError(f"`{type(expression).__name__}` is not a word of the language: got {expression}")
+
+    def _leaf(self, expression: Indexed) -> tuple[Tensor, Axes]:
+        tensor = self.tensors[str(expression.base.name)]
+        axes: list[Idx] = []
+        for slot in expression.indices:
+            group = split(slot)
+            if len(group) > 1:
+                tensor = tensor.unflatten(len(axes), tuple(map(self.size, group)))
+            axes += group
+        letters = {axis: chr(ord("a") + n) for n, axis in enumerate(dict.fromkeys(axes))}
+        spelling = "".join(letters[axis] for axis in axes) + "->" + "".join(letters.values())
+        return torch.einsum(spelling, tensor), tuple(letters)
+
+    def _with(self, value: tuple[Tensor, Axes], idx: Idx) -> tuple[Tensor, Axes]:
+        if idx in value[1]:
+            return value
+        axes = (*value[1], idx)
+        return self._spread(value, axes), axes
+
+    def _reduce(self, target, value: tuple[Tensor, Axes], idx: Idx) -> tuple[Tensor, Axes]:
+        tensor, axes = self._with(value, idx)
+        position = axes.index(idx)
+        return target(tensor, position), axes[:position] + axes[position + 1 :]

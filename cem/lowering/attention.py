@@ -1,0 +1,286 @@
+"""Attention patterns: weighted sums over the context whose weights are a softmax of bilinear scores.
+
+``Sum_s softmax_s(score) * value`` becomes one call of scaled dot product attention when the score is a sum of
+products of a feature of the token and a feature of the context token. Several score terms are concatenated
+features; several sums that share a softmax are one call with concatenated values; where the values are the
+keys, the same tensor serves as both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from sympy import Add, Expr, Idx, Mul, Pow, Sum
+from torch import fx
+
+from ..language.canonical import free_indices
+from ..language.symbols import LogSumExp, Softmax, total
+from . import kernels
+from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
+
+if TYPE_CHECKING:
+    from .emit import Emitter
+
+
+@dataclass(frozen=True)
+class Term:
+    """One bilinear term of a score: sum over ``inner`` of token factors times context factors."""
+
+    token: tuple[Expr, ...]
+    context: tuple[Expr, ...]
+    inner: tuple[Idx, ...]
+
+
+def bilinear(score: Expr, s: Idx) -> tuple[list[Term], list[Expr]] | None:
+    """Split a score into bilinear terms and terms that do not depend on s; None where that is impossible."""
+    terms: list[Term] = []
+    constant: list[Expr] = []
+    pending: list[tuple[Expr, tuple[Expr, ...], tuple[Expr, ...], tuple[Idx, ...]]]
+    pending = [(term, (), (), ()) for term in reversed(Add.make_args(score))]
+    while pending:
+        expression, token, context, inner = pending.pop()
+        mixed: list[Expr] = []
+        for factor in Mul.make_args(expression):
+            if s not in free_indices(factor):
+                token = (*token, factor)
+            elif not moves_with_token(factor):
+                context = (*context, factor)
+            else:
+                mixed.append(factor)
+        if not mixed and context:
+            terms.append(Term(token, context, inner))
+        elif not mixed:
+            constant.append(total(Mul(*token), inner))
+        else:
+            inside = _opened(mixed[0]) if len(mixed) == 1 else None
+            if inside is None:
+                return None
+            parts, indices = inside
+            pending += [(part, token, context, (*inner, *indices)) for part in reversed(parts)]
+    return terms, constant
+
+
+def _opened(factor: Expr) -> tuple[tuple[Expr, ...], tuple[Idx, ...]] | None:
+    """The terms below a sum over features, a bracket or the square of a bracket; None for anything else."""
+    indices: tuple[Idx, ...] = ()
+    if isinstance(factor, Sum):
+        indices = tuple(limit[0] for limit in factor.limits)
+        if any(map(is_seq, indices)):
+            return None
+        factor = factor.function
+    if isinstance(factor, Pow) and factor.exp == 2 and isinstance(factor.base, Add):
+        factor = factor.expand()
+    if not indices and not factor.is_Add:
+        return None
+    return Add.make_args(factor), indices
+
+
+def _token_factors(terms: Sequence[Term]) -> list[Expr]:
+    return [factor for term in terms for factor in term.token]
+
+
+@dataclass
+class Group:
+    """Everything that one softmax over the context needs: its score and the values it averages."""
+
+    score: Expr
+    index: Idx
+    terms: list[Term]
+    constant: list[Expr]
+    heads: tuple[Idx, ...]
+    values: list[tuple[tuple[Expr, ...], tuple[Idx, ...]]] = field(default_factory=list)
+    outputs: dict[tuple[Expr, ...], Value] = field(default_factory=dict)
+    logsumexp: Value | None = None
+    emitted: bool = False
+
+
+class AttentionGroups:
+    """Finds the softmaxes of a program over the context and emits one kernel call for each."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+        self.groups: dict[tuple[Expr, Idx], Group | None] = {}
+        self.wanted: set[tuple[Expr, Idx]] = set()
+
+    def collect(self, expressions: Sequence[Expr]) -> None:
+        """Register every weighted sum and every log-sum-exp before anything is emitted."""
+        for expression in expressions:
+            for node in sorted(expression.atoms(Sum), key=str):
+                found = self.match(Mul.make_args(node.function), frozenset(x[0] for x in node.limits))
+                if found is not None:
+                    group, value, features, _, _ = found
+                    if value not in [v for v, _ in group.values]:
+                        group.values.append((value, features))
+            if self.emitter.kernel_logsumexp:
+                for node in expression.atoms(LogSumExp):
+                    if is_seq(node.index) and self.group(node.body, node.index) is not None:
+                        self.wanted.add((node.body, node.index))
+
+    def group(self, score: Expr, s: Idx) -> Group | None:
+        if (score, s) not in self.groups:
+            found = bilinear(score, s) if moves_with_token(score) else None
+            group = None
+            if found is not None and any(map(moves_with_token, _token_factors(found[0]))):
+                heads = tuple(sorted(free_indices(score) - {s}, key=str))
+                if not any(map(is_seq, heads)):
+                    group = Group(score, s, *found, heads)
+            self.groups[score, s] = group
+        return self.groups[score, s]
+
+    def match(self, factors: Sequence[Expr], over: frozenset[Idx]):
+        """(group, value factors, feature axes, outer factors, indices left to sum) of a weighted sum, or None."""
+        weights = [f for f in factors if isinstance(f, Softmax) and f.index in over and is_seq(f.index)]
+        if len(weights) != 1:
+            return None
+        s = weights[0].index
+        group = self.group(weights[0].body, s)
+        rest = [f for f in factors if f is not weights[0]]
+        value = tuple(f for f in rest if s in free_indices(f))
+        if group is None or any(map(moves_with_token, value)):
+            return None
+        features = frozenset().union(*map(free_indices, value)) - {s} - set(group.heads)
+        if any(map(is_seq, features)):
+            return None
+        outside = [f for f in rest if s not in free_indices(f)]
+        return group, value, tuple(sorted(features, key=str)), outside, over - {s}
+
+    def attended(self, factors: Sequence[Expr], over: frozenset[Idx]):
+        """The weighted sum as a value, with the factors and indices that remain outside it, or None."""
+        found = self.match(factors, over)
+        if found is None:
+            return None
+        group, value, _, outside, left = found
+        self.emit(group)
+        return group.outputs[value], outside, left
+
+    def logsumexp(self, expression: LogSumExp) -> Value | None:
+        """The log-sum-exp of a score from the kernel, or None where the score is not bilinear."""
+        group = self.group(expression.body, expression.index)
+        if group is None:
+            return None
+        self.emit(group)
+        value = group.logsumexp
+        for term in group.constant:
+            value = self.emitter.ops.binary(operator.add, value, self.emitter.lower(term))
+        return value
+
+    # -- emission -------------------------------------------------------------------------------------------
+
+    def emit(self, group: Group) -> None:
+        if group.emitted:
+            return
+        group.emitted = True
+        emitter, ops = self.emitter, self.emitter.ops
+        scale, scales = self.common_scale(group)
+        queries, keys, names = [], [], []
+        for term, relative in zip(group.terms, scales, strict=True):
+            token = [Value(relative), *(emitter.lower(f) for f in term.token if emitter.constant(f) is None)]
+            queries.append((ops.contract(token, frozenset()), term.inner))
+            keys.append((ops.contract([emitter.lower(f) for f in term.context], frozenset()), term.inner))
+            names.append(term.context)
+        q = self.concatenate(queries, group.heads, TOKEN, "query")
+        k = self.concatenate(keys, group.heads, group.index, "key")
+
+        order = {name: n for n, name in enumerate(names)}
+        group.values.sort(key=lambda value: order.get(value[0], len(order)))
+        values = [(ops.contract(list(map(emitter.lower, v)), frozenset()), f) for v, f in group.values]
+        width = sum(self.width(inner) for _, inner in keys)
+        value_width = sum(self.width(features) for _, features in values)
+        if [(v, f) for v, f in group.values] == [
+            (t.context, tuple(sorted(t.inner, key=str))) for t in group.terms
+        ] or not values:
+            v, value_width = k, width
+        else:
+            v = self.concatenate(values, group.heads, group.index, "value")
+            # Fused kernels want keys and values of one width; zeros cost nothing but their own columns.
+            if value_width < width:
+                v = ops.call(torch.nn.functional.pad, v, (0, width - value_width))
+            elif value_width > width:
+                q = ops.call(torch.nn.functional.pad, q, (0, value_width - width))
+                k = ops.call(torch.nn.functional.pad, k, (0, value_width - width))
+
+        visible, causal = emitter.input("visible"), emitter.input("causal")
+        ops.kernels.add("sdpa")
+        if (group.score, group.index) in self.wanted:
+            both = ops.call(
+                kernels.attention_with_logsumexp, q, k, v, visible, causal, scale, name="attention"
+            )
+            out = ops.call(operator.getitem, both, 0, name="attended")
+            lse = ops.call(operator.getitem, both, 1, name="logsumexp")
+            lse = ops.unflatten(lse, 1, group.heads)
+            group.logsumexp = Value(lse, (BATCH, *group.heads, TOKEN))
+        else:
+            out = ops.call(
+                torch.nn.functional.scaled_dot_product_attention, q, k, v,
+                attn_mask=visible, is_causal=causal, scale=scale, name="attended",
+            )
+        self.cut(group, out, values, max(width, value_width))
+
+    def cut(self, group: Group, out: fx.Node, values, width: int) -> None:
+        """Give every value its own slice of the kernel's output."""
+        ops, start = self.emitter.ops, 0
+        for (key, features), _ in zip(group.values, values, strict=True):
+            count = self.width(features)
+            node = out
+            if count != width:
+                node = ops.call(torch.narrow, out, -1, start, count)
+            start += count
+            node = ops.unflatten(node, 3, features)
+            node = ops.unflatten(node, 1, group.heads)
+            group.outputs[key] = Value(node, (BATCH, *group.heads, TOKEN, *features))
+
+    def width(self, indices: Sequence[Idx]) -> int:
+        result = 1
+        for idx in indices:
+            result *= self.emitter.size(idx)
+        return result
+
+    def common_scale(self, group: Group) -> tuple[float, list[float]]:
+        """A factor of all scores for the kernel's own scale, and what remains for each term."""
+        numbers = []
+        for term in group.terms:
+            product: float = 1.0
+            for factor in term.token:
+                constant = self.emitter.constant(factor)
+                if constant is not None:
+                    product *= constant
+            numbers.append(float(product))
+        if all(number == numbers[0] for number in numbers) and numbers[0] > 0:
+            return numbers[0], [1] * len(numbers)
+        return 1.0, numbers
+
+    def concatenate(self, parts, heads: tuple[Idx, ...], position: Idx, name: str) -> fx.Node:
+        """Features side by side as (batch, heads, position, width)."""
+        ops = self.emitter.ops
+        nodes = []
+        for value, inner in parts:
+            inner = tuple(sorted(inner, key=str))
+            axes = (BATCH, *heads, position, *inner)
+            value = self.expand(value, axes)
+            nodes.append(ops.grouped(value, [[BATCH], heads, [position], inner]))
+        return nodes[0] if len(nodes) == 1 else ops.call(torch.cat, nodes, -1, name=name)
+
+    def expand(self, value: Value, axes: tuple[Idx, ...]) -> Value:
+        """Repeat a feature along the head axes it lacks."""
+        ops, emitter = self.emitter.ops, self.emitter
+        missing = [axis for axis in axes if axis not in value.axes]
+        if not missing:
+            return value
+        if BATCH in missing or TOKEN in missing or any(map(is_seq, missing)):
+            like = emitter.input("h" if TOKEN in axes else "x")
+            lead = (BATCH, TOKEN) if TOKEN in axes else (BATCH, next(a for a in axes if is_seq(a)))
+            ones = ops.call("new_ones", like, ops.call(getattr, like, "shape"))
+            ones = Value(ops.call("select", ones, -1, 0), lead)
+            value = ops.binary(operator.mul, ones, value)
+            return self.expand(value, axes)
+        order = [axis for axis in axes if axis in value.axes]
+        node = ops.permute(value, order).node
+        for position, axis in enumerate(axes):
+            if axis not in value.axes:
+                node = ops.call("unsqueeze", node, position)
+        shape = [emitter.size(axis) if axis in missing else -1 for axis in axes]
+        return Value(ops.call("expand", node, *shape), axes)

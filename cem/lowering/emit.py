@@ -1,0 +1,322 @@
+"""From a canonical expression to a torch.fx program with named intermediate values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol, sympify
+from torch import fx
+
+from ..language.canonical import free_indices
+from ..language.symbols import (
+    SEQ,
+    Context,
+    Frozen,
+    LogSumExp,
+    Parameter,
+    Ravel,
+    Scalar,
+    Softmax,
+    State,
+    is_word,
+    size_of,
+    split,
+)
+from ..language.words import word_of
+from . import kernels
+from .attention import AttentionGroups
+from .ops import Ops
+from .values import BATCH, TOKEN, Value, is_seq
+
+INPUTS = ("h", "frozen", "x", "visible", "causal")
+"""Names of a program's inputs; parameters and learned scalars follow under their own names."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An emitted program: a graph from ``inputs`` to its outputs, and what it uses.
+
+    ``scale`` is a factor of the first output that was left out of the graph.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    kernels: tuple[str, ...]
+    needs_mask: bool
+    scale: float = 1.0
+    reasons: tuple[str, ...] = ()
+
+
+class Emitter:
+    """Lowers expressions into one graph, sharing equal sub-expressions.
+
+    ``sizes`` gives every named size, ``scalars`` the value of each fixed scalar; the other scalars become
+    inputs. ``batched`` programs work on (batch, tokens, dim); the others on one token, with the context
+    (seq, dim) and a mask (seq,), which is what ``torch.func`` differentiates and maps.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[Symbol, int],
+        scalars: Mapping[Scalar, float],
+        *,
+        batched: bool = True,
+        kernel_logsumexp: bool = False,
+        fuse: bool = True,
+    ) -> None:
+        self.graph = fx.Graph()
+        self.constants = {name: sympify(value) for name, value in {**sizes, **scalars}.items()}
+        self.sizes = {name: sympify(value) for name, value in sizes.items()}
+        self.batched = batched
+        self.kernel_logsumexp = kernel_logsumexp
+        self.ops = Ops(self.graph, self.size)
+        self.groups = AttentionGroups(self) if batched and fuse else None
+        self.inputs: dict[str, fx.Node] = {}
+        self.memo: dict[Expr, Value] = {}
+        self.needs_mask = False
+        self.reasons: dict[str, None] = {}
+        self.lead = (BATCH, TOKEN) if batched else ()
+
+    # -- inputs and constants -------------------------------------------------------------------------------
+
+    def size(self, idx: Idx) -> int:
+        return int(size_of(idx).xreplace(self.sizes))
+
+    def constant(self, expression: Expr) -> float | int | None:
+        """The number an expression stands for once sizes and fixed scalars are known, else None."""
+        if expression.has(Indexed, LogSumExp, Softmax, Sum) or expression.has(SEQ):
+            return None
+        value = expression.xreplace(self.constants)
+        if not value.is_number:
+            return None
+        return int(value) if value.is_Integer else float(value)
+
+    def input(self, name: str) -> fx.Node:
+        if name not in self.inputs:
+            self.inputs[name] = self.graph.create_node("placeholder", name, name=name)
+        return self.inputs[name]
+
+    def visible(self, idx: Idx) -> Value:
+        """The mask as a value over (batch, token, idx), or (idx,) for one token."""
+        self.needs_mask = True
+        node = self.input("visible")
+        if not self.batched:
+            return Value(node, (idx,))
+        if "mask" not in self.inputs:
+            self.inputs["mask"] = self.ops.call("squeeze", node, 1, name="mask")
+        return Value(self.inputs["mask"], (BATCH, TOKEN, idx))
+
+    # -- expressions ----------------------------------------------------------------------------------------
+
+    def lower(self, expression: Expr) -> Value:
+        """The value of an expression; emitted once."""
+        if expression not in self.memo:
+            number = self.constant(expression)
+            self.memo[expression] = Value(number) if number is not None else self.build(expression)
+        return self.memo[expression]
+
+    def build(self, expression: Expr) -> Value:
+        match expression:
+            case Indexed():
+                return self.leaf(expression)
+            case Scalar():
+                return Value(self.input(expression.name))
+            case Symbol() if expression == SEQ:
+                return self.count()
+            case Add():
+                return self.add(expression)
+            case Mul():
+                return self.product(expression.args, frozenset())
+            case Pow():
+                return self.power(*expression.args)
+            case Sum():
+                return self.sum(expression)
+            case LogSumExp():
+                return self.logsumexp(expression)
+            case Softmax():
+                return self.softmax(expression)
+            case Ravel():
+                return self.ravel(expression)
+        if is_word(expression):
+            word = word_of(expression.func)
+            value = self.lower(expression.args[0])
+            node = value.node
+            if value.is_number:
+                node = self.ops.call(torch.tensor, value.node)
+            return Value(self.ops.call(word.torch, node, name=word.name), value.axes)
+        raise ValueError(f"`{type(expression).__name__}` has no torch meaning: got {expression}")
+
+    def leaf(self, expression: Indexed) -> Value:
+        base = expression.base
+        match base:
+            case State():
+                node, axes = self.input("h"), list(self.lead)
+            case Frozen():
+                node, axes = self.input("frozen"), list(self.lead)
+            case Context():
+                node, axes = self.input("x"), [BATCH] if self.batched else []
+            case Parameter():
+                node, axes = self.input(base.name), []
+            case _:
+                raise ValueError(f"`{base}` is not a tensor of the language: got {type(base).__name__}")
+        for slot in expression.indices:
+            group = split(slot)
+            node = self.ops.unflatten(node, len(axes), group)
+            axes.extend(group)
+        while len(set(axes)) < len(axes):
+            first, second = next(
+                (n, m) for n in range(len(axes)) for m in range(n + 1, len(axes)) if axes[n] == axes[m]
+            )
+            node = self.ops.call(torch.diagonal, node, 0, first, second)
+            axes = [axis for n, axis in enumerate(axes) if n not in (first, second)] + [axes[first]]
+        return Value(node, tuple(axes))
+
+    def count(self) -> Value:
+        """The number of visible context tokens; at least 1, since it only ever divides or scales a sum over them."""
+        idx = SEQ.index("s")
+        mask = self.visible(idx)
+        node = self.ops.call("sum", mask.node, -1)
+        return Value(self.ops.call("clamp_min", node, 1, name="visible_count"), mask.axes[:-1])
+
+    def add(self, expression: Expr) -> Value:
+        total = None
+        terms = sorted(expression.args, key=lambda term: term.could_extract_minus_sign())
+        for term in terms:
+            if total is not None and term.could_extract_minus_sign():
+                total = self.ops.binary(operator.sub, total, self.lower(-term))
+            else:
+                value = self.lower(term)
+                total = value if total is None else self.ops.binary(operator.add, total, value)
+        return total
+
+    def power(self, base: Expr, exponent: Expr) -> Value:
+        value = self.lower(base)
+        number = self.constant(exponent)
+        if number is None:
+            raised = self.lower(exponent)
+            return self.ops.binary(torch.pow, value, raised)
+        simple = {2: torch.square, -1: torch.reciprocal, 0.5: torch.sqrt, -0.5: torch.rsqrt}
+        if number in simple:
+            return Value(self.ops.call(simple[number], value.node), value.axes)
+        return Value(self.ops.call(torch.pow, value.node, number), value.axes)
+
+    def product(self, factors: Sequence[Expr], over: frozenset[Idx]) -> Value:
+        """The product of factors, summed over indices, masked where one of them runs over the context."""
+        constant, rest = 1, []
+        for factor in factors:
+            number = self.constant(factor)
+            if number is None:
+                rest.append(factor)
+            else:
+                constant *= number
+        values = [self.lower(factor) for factor in rest]
+        for idx in over:
+            if is_seq(idx) and not any(isinstance(f, Softmax) and f.index == idx for f in rest):
+                values.append(self.mask_factor(idx, values))
+        return self.ops.contract([Value(constant), *values], over, self.name_of(rest))
+
+    def mask_factor(self, idx: Idx, values: Sequence[Value]) -> Value:
+        mask = self.visible(idx)
+        like = next(v.node for v in values if idx in v.axes)
+        return Value(self.ops.call("type_as", mask.node, like), mask.axes)
+
+    @staticmethod
+    def name_of(factors: Sequence[Expr]) -> str | None:
+        """The lower-case name of the parameter, for the contraction of one parameter with one input."""
+        leaves = [f for f in factors if isinstance(f, Indexed)]
+        parameters = [f for f in leaves if isinstance(f.base, Parameter)]
+        if len(leaves) == len(factors) == 2 and len(parameters) == 1:
+            return str(parameters[0].base.name).lower()
+        return None
+
+    def sum(self, expression: Sum) -> Value:
+        over = frozenset(limit[0] for limit in expression.limits)
+        factors = Mul.make_args(expression.function)
+        if self.groups is not None:
+            attended = self.groups.attended(factors, over)
+            if attended is not None:
+                value, outside, left = attended
+                values = [value, *map(self.lower, outside)]
+                return self.ops.contract(values, left)
+        return self.product(factors, over)
+
+    def logsumexp(self, expression: LogSumExp) -> Value:
+        if self.groups is not None and self.kernel_logsumexp and is_seq(expression.index):
+            value = self.groups.logsumexp(expression)
+            if value is not None:
+                return value
+        value = self.lower(expression.body)
+        return self.reduce(torch.logsumexp, kernels.masked_logsumexp, value, expression.index, keep=False)
+
+    def softmax(self, expression: Softmax) -> Value:
+        value = self.lower(expression.body)
+        if self.batched and is_seq(expression.index):
+            self.ops.kernels.add("dense_softmax")
+            self.reasons["a softmax over the context is not an average of context features under bilinear"
+                         " scores, so it is written out over all pairs of tokens"] = None
+        return self.reduce(torch.softmax, kernels.masked_softmax, value, expression.index, keep=True)
+
+    def reduce(self, plain, masked, value: Value, idx: Idx, keep: bool) -> Value:
+        if is_seq(idx):
+            return self.ops.reduce(masked, value, idx, self.visible(idx), keep)
+        return self.ops.reduce(plain, value, idx, None, keep)
+
+    def ravel(self, expression: Ravel) -> Value:
+        body, slot, idx = expression.args
+        value = self.lower(body)
+        group = split(slot)
+        keep = [axis for axis in value.axes if axis not in group]
+        node = self.ops.grouped(value, [*([axis] for axis in keep), group])
+        return Value(node, (*keep, idx))
+
+    # -- programs -------------------------------------------------------------------------------------------
+
+    def output(self, expression: Expr, axes: tuple[Idx, ...], name: str | None = None) -> fx.Node:
+        """The node of an expression in a given layout, broadcast to it where the expression lacks an axis."""
+        value = self.lower(expression)
+        axes = self.lead + axes
+        if value.is_number or set(value.axes) != set(axes):
+            zero = self.ops.call(torch.zeros_like, self.input("h"))
+            if len(axes) == len(self.lead):
+                zero = self.ops.call("select", zero, -1, 0)
+            value = self.ops.binary(operator.add, Value(zero, axes), value)
+        return self.ops.permute(value, axes).node
+
+    def program(self, expressions: Sequence[Expr]) -> Program:
+        """A program whose outputs are the expressions, each over its one free index or none.
+
+        A numeric factor of the first expression is left to ``Program.scale``: it costs nothing in the step
+        size, and a pass over a tensor in the graph.
+        """
+        scale, first = expressions[0].as_coeff_Mul()
+        if first.is_Add and first.could_extract_minus_sign():
+            scale, first = -scale, -first
+        expressions = [first, *expressions[1:]]
+        if self.groups is not None:
+            self.groups.collect(expressions)
+        self.input("h")
+        nodes = [self.output(e, tuple(sorted(free_indices(e), key=str))) for e in expressions]
+        self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
+        self.graph.eliminate_dead_code()
+        inputs = self.order_inputs()
+        self.graph.lint()
+        kernels = tuple(sorted(self.ops.kernels))
+        return Program(self.graph, inputs, kernels, self.needs_mask, float(scale), tuple(self.reasons))
+
+    def order_inputs(self) -> tuple[str, ...]:
+        """Move the inputs to the front in a fixed order and drop those that nothing reads."""
+        places = {node.target: node for node in self.graph.nodes if node.op == "placeholder"}
+        names = [n for n in INPUTS if n in places] + sorted(n for n in places if n not in INPUTS)
+        names = [n for n in names if places[n].users or n == "h"]
+        for name in places:
+            if name not in names:
+                self.graph.erase_node(places[name])
+        first = next(iter(self.graph.nodes))
+        for name in reversed(names):
+            if places[name] is not first:
+                first.prepend(places[name])
+                first = places[name]
+        return tuple(names)

@@ -1,0 +1,152 @@
+"""A torch.fx graph as the Python a person would write; the text is also what runs."""
+
+from __future__ import annotations
+
+import linecache
+import operator
+from collections.abc import Callable
+from itertools import count
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ..language.words import WORDS
+from . import kernels
+
+INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*"}
+VIEWS = {"flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
+NAMES: dict[Callable, str] = {
+    torch.functional.einsum: "torch.einsum",
+    torch.nn.functional.scaled_dot_product_attention: "F.scaled_dot_product_attention",
+    getattr: "getattr",
+}
+for _word in WORDS:
+    _own = getattr(_word.torch, "__module__", "") or ""
+    if _own.startswith("cem"):
+        NAMES[_word.torch] = _word.name
+GLOBALS = {"torch": torch, "F": F, "kernels": kernels}
+GLOBALS.update({_word.name: _word.torch for _word in WORDS if _word.torch in NAMES})
+
+_serial = count()
+
+
+def spelled(target: Callable) -> str:
+    """The name under which a function is printed."""
+    if target in NAMES:
+        return NAMES[target]
+    name = target.__name__
+    if getattr(kernels, name, None) is target:
+        return f"kernels.{name}"
+    if getattr(F, name, None) is target and not hasattr(torch, name):
+        return f"F.{name}"
+    if getattr(torch, name, None) is target:
+        return f"torch.{name}"
+    if getattr(torch.special, name.removeprefix("special_"), None) is target:
+        return f"torch.special.{name.removeprefix('special_')}"
+    return f"F.{name}"
+
+
+def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
+    """The source of a function ``name(*arguments)`` that computes the graph's outputs."""
+    text: dict[fx.Node, str] = {}
+    compound: set[fx.Node] = set()
+    used = {*arguments, *GLOBALS}
+    lines = []
+
+    def spell(value) -> str:
+        if isinstance(value, fx.Node):
+            return text[value]
+        if isinstance(value, tuple | list):
+            inner = ", ".join(map(spell, value))
+            if isinstance(value, list):
+                return f"[{inner}]"
+            return f"({inner},)" if len(value) == 1 else f"({inner})"
+        return repr(value)
+
+    def bracketed(value) -> str:
+        return f"({spell(value)})" if value in compound else spell(value)
+
+    def unique(label: str) -> str:
+        stem, _, number = label.rpartition("_")
+        label = stem if stem and number.isdigit() else label
+        found = next(c for c in _candidates(label) if c not in used)
+        used.add(found)
+        return found
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            text[node] = node.target
+            continue
+        if node.op == "output":
+            lines.append(f"    return {spell(node.args[0])}")
+            continue
+        args = [spell(a) for a in node.args] + [f"{k}={spell(v)}" for k, v in node.kwargs.items()]
+        if node.op == "call_method":
+            text[node] = f"{bracketed(node.args[0])}.{node.target}({', '.join(args[1:])})"
+        elif node.target is operator.getitem:
+            text[node] = f"{bracketed(node.args[0])}[{args[1]}]"
+        elif node.target in INFIX:
+            text[node] = f"{bracketed(node.args[0])} {INFIX[node.target]} {bracketed(node.args[1])}"
+        elif node.target is torch.neg:
+            text[node] = f"-{bracketed(node.args[0])}"
+        else:
+            text[node] = f"{spelled(node.target)}({', '.join(args)})"
+        if _inlined(node):
+            if node.target in INFIX or node.target is torch.neg:
+                compound.add(node)
+        else:
+            variable = unique(_label(node))
+            lines.append(f"    {variable} = {text[node]}")
+            text[node] = variable
+    return "\n".join([f"def {name}({', '.join(arguments)}):", *lines])
+
+
+def _candidates(label: str):
+    yield label
+    for n in count(1):
+        yield f"{label}_{n}"
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in VIEWS
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node that a chain of views shows."""
+    while _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _inlined(node: fx.Node) -> bool:
+    """Whether a node is printed inside its only use."""
+    if len(node.users) != 1:
+        return False
+    user = next(iter(node.users))
+    if user.op == "output" or sum(used is node for used in _arguments(user)) != 1:
+        return False
+    chained = _is_view(user) and user.args[0] is node
+    return chained or (_is_view(node) and _root(node).op == "placeholder")
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda argument: found.append(argument))
+    return found
+
+
+def _label(node: fx.Node) -> str:
+    """A chain of views is called as what it shows."""
+    while _is_view(node) and _inlined(node.args[0]):
+        node = node.args[0]
+    return node.name
+
+
+def compiled(source: str, name: str) -> Callable:
+    """The function that a listing defines; its source shows in tracebacks."""
+    filename = f"<cem {name} {next(_serial)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = dict(GLOBALS)
+    exec(compile(source, filename, "exec"), scope)
+    return scope[name]

@@ -1,0 +1,110 @@
+"""Autograd of the energy of one token, mapped over tokens and batch: the fall-back that is always right.
+
+Legend: B batch, T tokens, S context tokens, D dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.overrides import TorchFunctionMode
+
+TokenEnergy = Callable[..., Tensor]
+"""(h (D,), frozen (D,), x (S, D) or None, visible (S,) or None, *parameters) -> energy ()."""
+
+
+class _Detached(TorchFunctionMode):
+    """Records what is detached, or hands out replacements for it in the same order."""
+
+    def __init__(self, replay: Iterator[Tensor] | None = None) -> None:
+        super().__init__()
+        self.recorded: list[Tensor] = []
+        self.replay = replay
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.detach, torch.detach):
+            if self.replay is not None:
+                return next(self.replay)
+            self.recorded.append(args[0])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def from_callable(
+    function: Callable[..., Tensor], names: tuple[str, ...], scalars: dict[str, float], has_context: bool
+) -> TokenEnergy:
+    """The token energy of a torch callable, with ``detach`` read as *frozen*.
+
+    A literal ``detach`` would cut the training gradient. The callable is therefore run once at the frozen state
+    to learn the value of everything it detaches, and once at the state with those values in place.
+    """
+    accepted = set(inspect.signature(function).parameters)
+
+    def energy(h: Tensor, frozen: Tensor, x: Tensor | None, visible: Tensor | None, *values: Tensor) -> Tensor:
+        keywords: dict = {**scalars, **dict(zip(names, values, strict=True))}
+        if "visible" in accepted:
+            keywords["visible"] = visible
+        if "frozen" in accepted:
+            keywords["frozen"] = frozen
+        context = (x,) if has_context else ()
+        with _Detached() as first:
+            function(frozen, *context, **keywords)
+        if not first.recorded:
+            return function(h, *context, **keywords)
+        with _Detached(iter(first.recorded)):
+            return function(h, *context, **keywords)
+
+    return energy
+
+
+def _dense(h: Tensor, x: Tensor | None, visible: Tensor | None, causal: bool) -> Tensor | None:
+    """The visible set as a bool tensor (B, T, S), or None without a context."""
+    if x is None:
+        return None
+    shape = (h.shape[0], h.shape[1], x.shape[1])
+    if visible is not None:
+        return visible.squeeze(1).expand(shape)
+    mask = torch.ones(shape[1:], dtype=torch.bool, device=h.device)
+    return (mask.tril() if causal else mask).expand(shape)
+
+
+def map_tokens(
+    function: Callable[..., Tensor],
+    h: Tensor,
+    frozen: Tensor | None,
+    x: Tensor | None,
+    visible: Tensor | None,
+    causal: bool,
+    *parameters: Tensor,
+) -> Tensor:
+    """Apply a function of one token to every token of every sequence."""
+    frozen = h if frozen is None else frozen
+    mask = _dense(h, x, visible, causal)
+    shared = (None,) * len(parameters)
+    has = None if x is None else 0
+    tokens = vmap(function, in_dims=(0, 0, None, has, *shared))
+    batch = vmap(tokens, in_dims=(0, 0, has, has, *shared))
+    return batch(h, frozen, x, mask, *parameters)
+
+
+def gradient_of(token_energy: TokenEnergy) -> Callable[..., Tensor]:
+    """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> dE/dh (B, T, D), by autograd."""
+    derivative = grad(token_energy)
+
+    def gradient(h, frozen, x, visible, causal, *parameters):
+        return map_tokens(derivative, h, frozen, x, visible, causal, *parameters)
+
+    return gradient
+
+
+def energy_of(token_energy: TokenEnergy) -> Callable[..., Tensor]:
+    """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> energies (B, T)."""
+
+    def energy(h, frozen, x, visible, causal, *parameters):
+        return map_tokens(token_energy, h, frozen, x, visible, causal, *parameters)
+
+    return energy

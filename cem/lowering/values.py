@@ -1,0 +1,85 @@
+"""What an emitted node stands for: a torch.fx node together with the name of each of its axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sympy import Idx, Indexed
+from sympy.core.expr import Expr
+from torch import fx
+
+from ..language.canonical import free_indices
+from ..language.symbols import SEQ, Context, Dim, Frozen, State, Tensor, index, size_of
+
+BATCH = index("batch", Dim("batch"))
+TOKEN = index("t", Dim("tokens"))
+
+# Sizes that are unknown until a batch arrives, for choosing the order of a product.
+TYPICAL = {BATCH: 8, TOKEN: 512}
+TYPICAL_SEQ = 512
+
+
+@dataclass(frozen=True)
+class Value:
+    """A node and its axes, slowest first. A Python number has no axes."""
+
+    node: fx.Node | float | int
+    axes: tuple[Idx, ...] = ()
+
+    @property
+    def is_number(self) -> bool:
+        return not isinstance(self.node, fx.Node)
+
+
+def is_seq(idx: Idx) -> bool:
+    """Whether an index runs over the context tokens."""
+    return size_of(idx) == SEQ
+
+
+def rank_of_axis(idx: Idx) -> int:
+    """Order of the leading axes in every layout: batch, token, context token, then the rest."""
+    if idx == BATCH:
+        return 0
+    if idx == TOKEN:
+        return 1
+    return 2 if is_seq(idx) else 3
+
+
+def sources(expression: Expr) -> frozenset[type[Tensor] | str]:
+    """What an expression is computed from: State, Frozen, Context, and "visible" where a reduction is masked."""
+    found: set = set()
+    stack = [expression]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Indexed):
+            if isinstance(node.base, State | Frozen | Context):
+                found.add(type(node.base))
+            continue
+        if node == SEQ or any(is_seq(idx) for idx in _reduced(node)):
+            found.add("visible")
+        stack.extend(arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx))
+    return frozenset(found)
+
+
+def _reduced(node: Expr) -> frozenset[Idx]:
+    """Indices over which this node itself reduces."""
+    from sympy import Sum
+
+    from ..language.symbols import LogSumExp, Softmax
+
+    match node:
+        case Sum():
+            return frozenset(limit[0] for limit in node.limits)
+        case LogSumExp() | Softmax():
+            return frozenset((node.index,))
+    return frozenset()
+
+
+def moves_with_token(expression: Expr) -> bool:
+    """Whether the value differs from token to token (through the state, a frozen value or the visible set)."""
+    return bool(sources(expression) & {State, Frozen, "visible"})
+
+
+def moves_with_context(expression: Expr) -> bool:
+    """Whether the value differs from context token to context token."""
+    return any(map(is_seq, free_indices(expression)))

@@ -1,0 +1,111 @@
+"""Named sizes and scalars: from what the user typed to what a layer needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sympy import Expr, Symbol
+
+from .energy import Energy
+from .language.symbols import Dim, Scalar
+
+
+def width_of(energy: Energy, sizes: Mapping[Symbol, int]) -> int:
+    """The width of the state."""
+    return int(energy.width.xreplace(dict(sizes)))
+
+
+def solve_sizes(energy: Energy, given: Mapping[str, float]) -> dict[Dim, int]:
+    """Every named size of the energy from keyword arguments.
+
+    Where the width of the state is a product of sizes, ``dim=`` names the product, and one factor may be left
+    out.
+    """
+    name = energy.name
+    wanted = {str(dim): dim for dim in energy.dims}
+    scalars = {scalar.name for scalar in energy.scalars}
+    composite = not isinstance(energy.width, Dim) and "dim" not in wanted
+    known = list(wanted) + (["dim"] if composite else [])
+    usage = f"`cem.derive({name}, {', '.join(f'{n}=...' for n in wanted)})`"
+    for key in given:
+        if key not in known and key not in scalars:
+            extra = f" and its scalars are {', '.join(sorted(scalars))}" if scalars else ""
+            raise ValueError(
+                f"energy `{name}` has no size or scalar `{key}`: got {key}={given[key]}; its sizes are"
+                f" {', '.join(known)}{extra}; type {usage}"
+            )
+    sizes: dict[Dim, int] = {}
+    for key in known:
+        if key in given:
+            value = given[key]
+            if isinstance(value, bool) or value != int(value) or value < 1:
+                raise ValueError(f"energy `{name}`: size `{key}` is a positive integer: got {key}={value}")
+            if key in wanted:
+                sizes[wanted[key]] = int(value)
+    if composite and "dim" in given:
+        _solve_width(energy, int(given["dim"]), sizes)
+    missing = [key for key, dim in wanted.items() if dim not in sizes]
+    if missing:
+        raise ValueError(
+            f"energy `{name}` needs the size{'s' if len(missing) > 1 else ''} {', '.join(missing)}: got"
+            f" {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}; type {usage}"
+        )
+    return sizes
+
+
+def _solve_width(energy: Energy, width: int, sizes: dict[Dim, int]) -> None:
+    """Fill in the one missing factor of the width, or check the product."""
+    factors = sorted(energy.width.atoms(Dim), key=str)
+    missing = [factor for factor in factors if factor not in sizes]
+    known = energy.width.xreplace(sizes)
+    if len(missing) == 1:
+        rest = int(known.xreplace({missing[0]: 1}))
+        if width % rest:
+            raise ValueError(
+                f"energy `{energy.name}`: the width {energy.width} must be a multiple of {rest}: got dim={width}"
+            )
+        sizes[missing[0]] = width // rest
+    elif not missing and int(known) != width:
+        raise ValueError(
+            f"energy `{energy.name}`: the width of the state is {energy.width} ="
+            f" {' * '.join(str(sizes[f]) for f in factors)} = {int(known)}: got dim={width}; leave one of them out"
+        )
+
+
+def solve_scalars(
+    energy: Energy, sizes: Mapping[Symbol, int], given: Mapping[str, float], learn: Iterable[str]
+) -> dict[Scalar, float]:
+    """The value of every scalar: what was given, else its default at these sizes."""
+    names = [scalar.name for scalar in energy.scalars]
+    for name in learn:
+        if name not in names:
+            raise ValueError(
+                f"energy `{energy.name}` has no scalar `{name}` to learn: its scalars are"
+                f" {', '.join(names) or 'none'}; parameters are always learned"
+            )
+    values: dict[Scalar, float] = {}
+    for scalar in energy.scalars:
+        value: Expr | float | None = given.get(scalar.name, scalar.default)
+        if value is None:
+            raise ValueError(
+                f"energy `{energy.name}` needs the scalar `{scalar.name}`: it has no default; type"
+                f" `cem.derive({energy.name}, ..., {scalar.name}=1.0)`"
+            )
+        if isinstance(value, Expr):
+            value = value.xreplace(dict(sizes))
+        values[scalar] = float(value)
+        if scalar.is_positive and not values[scalar] > 0:
+            raise ValueError(
+                f"energy `{energy.name}`: scalar `{scalar.name}` is positive: got {values[scalar]:g}"
+            )
+    return values
+
+
+def check_names(energy: Energy, taken: Iterable[str]) -> None:
+    """Refuse parameters whose name would hide a part of the layer."""
+    for parameter in energy.parameters:
+        if str(parameter.name) in taken:
+            raise ValueError(
+                f"energy `{energy.name}`: the parameter name `{parameter.name}` is a name of the layer itself;"
+                " type another name"
+            )

@@ -1,0 +1,212 @@
+"""trace: the energy of every token before and after every step of every energy layer.
+
+Legend: B batch, T tokens, D dim, N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .layer import EnergyLayer
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one call of one energy layer did to the energies of its tokens.
+
+    Attributes:
+        name: the path of the layer in the model, such as ``"blocks.0.attention"``.
+        energy_name: the name of its energy.
+        before: energies before each step, shape (N, B, T), at the context and the gates that the step saw.
+        after: energies after each step at the same context and gates, or None if they were not asked for.
+        states: what the energy read, norm(h), before each step and after the last, (N + 1, B, T, D), or None.
+    """
+
+    name: str
+    energy_name: str
+    before: Tensor
+    after: Tensor | None
+    states: Tensor | None
+    _call: dict = field(repr=False)
+
+    @property
+    def drop(self) -> Tensor:
+        """before - after, shape (N, B, T): positive where a step went down."""
+        if self.after is None:
+            raise ValueError(
+                f"trace of layer `{self.name}` has no energies after each step: got after=False; type"
+                " `cem.trace(model, x)`"
+            )
+        return self.before - self.after
+
+    @property
+    def share_down(self) -> float:
+        """The share of tokens whose energy did not rise in any step, between 0 and 1."""
+        return float((self.drop >= 0).all(0).double().mean())
+
+    def energy_at(self, points: Tensor, *, batch: int = 0, token: int = -1) -> Tensor:
+        """The energies of one token at other states, as the energy reads them (after the norm).
+
+        Args:
+            points: shape (P, D).
+            batch, token: which token; its context and gates stay those of the first step.
+
+        Returns:
+            energies, shape (P,).
+        """
+        layer, call = self._call["layer"], self._call
+        g, x = call["frozen"][batch : batch + 1], call["x"]
+        token = range(g.shape[1])[token]
+        visible = None
+        if x is not None:
+            x = x[batch : batch + 1]
+            visible = call["mask"]
+            if visible is None:
+                visible = torch.ones(g.shape[1], x.shape[1], dtype=torch.bool, device=g.device)
+                visible = (visible.tril() if call["causal"] else visible)[None, None]
+            visible = visible[batch if visible.shape[0] > 1 else 0, :, token][None, :, None]
+            visible = visible.expand(1, 1, len(points), x.shape[1])
+        frozen = g[:, token : token + 1].expand(1, *points.shape)
+        with torch.no_grad():
+            inputs = (points[None].to(g), frozen, x, visible, False, *layer.values())
+            return layer.lowering.fast_energy(*inputs)[0]
+
+
+@dataclass(frozen=True)
+class EnergyTrace:
+    """The traces of all energy layers that a model called, in the order of the calls.
+
+    ``context`` says at which context every energy was taken.
+    """
+
+    layers: tuple[LayerTrace, ...]
+    context: str = "fixed, as before the step"
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerTrace]:
+        return iter(self.layers)
+
+    def __getitem__(self, key: int | str) -> LayerTrace:
+        if isinstance(key, int):
+            return self.layers[key]
+        for layer in self.layers:
+            if layer.name == key:
+                return layer
+        raise KeyError(f"no layer `{key}` in this trace: its layers are {', '.join(t.name for t in self.layers)}")
+
+    def numpy(self) -> dict[str, dict]:
+        """Energies as numpy arrays: layer name -> ``{"before": (N, B, T), "after": (N, B, T)}``."""
+        return {
+            layer.name: {
+                "before": layer.before.float().cpu().numpy(),
+                "after": None if layer.after is None else layer.after.float().cpu().numpy(),
+            }
+            for layer in self.layers
+        }
+
+    def table(self) -> str:
+        """One line a layer and step: mean energies, median drop, share of tokens that went down."""
+        width = max([len(layer.name) for layer in self.layers] + [5])
+        lines = [f"{'layer':<{width}}  step  {'before':>10}  {'after':>10}  {'median drop':>12}  down"]
+        for layer in self.layers:
+            for step, before in enumerate(layer.before):
+                line = f"{layer.name:<{width}}  {step + 1:>4}  {before.nanmean():>10.4g}"
+                if layer.after is not None:
+                    drop = (before - layer.after[step]).flatten()
+                    share = (drop >= 0).double().mean()
+                    after = layer.after[step].nanmean()
+                    line += f"  {after:>10.4g}  {drop.nanmedian():>12.4g}  {share:>4.0%}"
+                lines.append(line)
+        return "\n".join(lines)
+
+    def plot(self, *, ax=None):
+        """The energy drop per layer and step; see :func:`cem.plot.descent`."""
+        from . import plot
+
+        return plot.descent(self, ax=ax)
+
+
+def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: bool, states: bool):
+    """A stand-in for the layer's ``forward`` that also writes down its energies."""
+
+    def forward(h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        shape, lowering, values = h.shape, layer.lowering, layer.values()
+        pair = lowering.gradient_and_energy
+        dense = pair.needs_mask or lowering.fast_energy.needs_mask
+        h, g, x, mask, causal = layer.inputs(h, context, visible, dense)
+        frozen, state = g, layer.update.init(h)
+        call = {"layer": layer, "frozen": frozen, "x": x, "mask": mask, "causal": causal}
+        before, later, seen = [], [], [g]
+        for step in range(layer.steps):
+            inputs = (frozen, x, mask, causal, *values)
+            gradient, energy = pair(g, *inputs)
+            before.append(energy)
+            # Between steps at fixed gates the energy after one is the energy before the next.
+            if after and step and layer.refresh == "layer":
+                later.append(energy)
+            h, state = layer.move(h, gradient, state)
+            g = layer.norm(h)
+            seen.append(g)
+            if after and (layer.refresh == "step" or step + 1 == layer.steps):
+                later.append(lowering.fast_energy(g, *inputs))
+            if layer.refresh == "step":
+                frozen = g
+        records.append(
+            LayerTrace(
+                name,
+                layer.energy_function.name,
+                torch.stack(before),
+                torch.stack(later) if after else None,
+                torch.stack(seen) if states else None,
+                call,
+            )
+        )
+        return h.reshape(shape)
+
+    return forward
+
+
+def trace(model: nn.Module, *inputs, after: bool = True, states: bool = True, **keywords) -> EnergyTrace:
+    """Run a model once and record the energies of all its energy layers.
+
+    Every energy is taken at the context and the gates that the step itself saw, before and after it, so that a
+    drop is what the step achieved and not what other tokens did meanwhile. The model runs under
+    ``torch.no_grad``; attention energies come from the kernel's own log-sum-exp.
+
+    Args:
+        model: any module that contains energy layers, or one energy layer.
+        *inputs, **keywords: what to call it with.
+        after: also take energies after each step, which costs one more pass over the scores.
+        states: keep the states, which :func:`cem.plot.landscape` needs.
+
+    Raises:
+        ValueError: the model has no energy layer, or calls none.
+
+    >>> import torch, cem
+    >>> from cem.energies import interaction
+    >>> layer = cem.derive(interaction, dim=16, heads=2, rank=8)
+    >>> found = cem.trace(layer, torch.randn(1, 5, 16))
+    >>> found[0].before.shape, bool((found[0].drop > -1e-5).all())
+    (torch.Size([1, 1, 5]), True)
+    """
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, EnergyLayer)}
+    if not layers:
+        raise ValueError(
+            f"`trace` found no energy layer in {type(model).__name__}: make one with `cem.derive(energy, ...)`"
+        )
+    records: list[LayerTrace] = []
+    with ExitStack() as restore, torch.no_grad():
+        for name, layer in layers.items():
+            layer.forward = _record(layer, name or layer.energy_function.name, records, after, states)
+            restore.callback(layer.__dict__.pop, "forward")
+        model(*inputs, **keywords)
+    if not records:
+        raise ValueError(f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}")
+    return EnergyTrace(tuple(records))

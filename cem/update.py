@@ -1,0 +1,66 @@
+"""Update rules: how a state moves along dE/dh.
+
+A rule has ``init(h) -> state`` and ``update(h, gradient, state, scale=1.0) -> (h, state)``. ``gradient`` times
+``scale`` is P dE/dh, which points uphill; the factor comes apart from the tensor so that a rule can fold it into
+its step size instead of reading and writing the tensor once more.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+
+class AbstractUpdate(nn.Module, abc.ABC):
+    """The interface of an update rule. A rule keeps what it remembers between steps in its state."""
+
+    @abc.abstractmethod
+    def init(self, h: Tensor):
+        """What the rule remembers before the first step, for a state h of shape (..., dim); None for nothing."""
+
+    @abc.abstractmethod
+    def update(self, h: Tensor, gradient: Tensor, state, scale: float = 1.0):
+        """The next h, shape (..., dim), and what to remember; ``scale * gradient`` points uphill."""
+
+
+class GradientDescent(AbstractUpdate):
+    """h+ = h - step_size * P dE/dh.
+
+    Args:
+        step_size: eta, in units of the state per unit of gradient.
+        learn: make it a learned number, registered as ``step_size``.
+
+    Raises:
+        ValueError: a step size that is not positive: it would climb.
+
+    >>> import torch, cem
+    >>> rule = cem.GradientDescent(step_size=0.5)
+    >>> rule.update(torch.tensor([1.0]), torch.tensor([1.0]), rule.init(None))[0]
+    tensor([0.5000])
+    """
+
+    def __init__(self, step_size: float = 1.0, *, learn: bool = False) -> None:
+        super().__init__()
+        if not step_size > 0:
+            raise ValueError(
+                f"`GradientDescent` needs a positive step size: got {step_size}; type"
+                " `cem.GradientDescent(step_size=1.0)`"
+            )
+        self.learn = learn
+        if learn:
+            self.step_size = nn.Parameter(torch.tensor(float(step_size)))
+        else:
+            self.step_size = float(step_size)
+
+    def init(self, h: Tensor) -> None:
+        return None
+
+    def update(self, h: Tensor, gradient: Tensor, state: None, scale: float = 1.0) -> tuple[Tensor, None]:
+        if self.learn:
+            return torch.addcmul(h, self.step_size.to(h.dtype), gradient, value=-scale), state
+        return torch.sub(h, gradient, alpha=self.step_size * scale), state
+
+    def extra_repr(self) -> str:
+        return f"step_size={float(self.step_size):g}{', learn=True' if self.learn else ''}"
