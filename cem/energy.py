@@ -106,8 +106,11 @@ class Energy:
     def dims(self) -> tuple[Dim, ...]:
         """The named sizes that a layer needs, those of the state first."""
         found: dict[Dim, None] = {}
-        for base in (self.state, *self.parameters):
-            for size in base.shape:
+        shapes = [self.state.shape, *(p.shape for p in self.parameters)]
+        if self.context is not None:
+            shapes.append(self.context.shape[1:])
+        for shape in shapes:
+            for size in shape:
                 found.update(dict.fromkeys(sorted(size.atoms(Dim), key=str)))
         return tuple(found)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from sympy import Expr, Symbol
+from sympy import Mul, Symbol
 from torch import Tensor, nn
 
 from .energy import Energy
@@ -55,10 +55,13 @@ class EnergyLayer(nn.Module):
         self.causal, self.steps, self.refresh = causal, steps, refresh
         self._sizes, self._asked = dict(sizes), lowering
         self._fixed = {s: v for s, v in scalars.items() if s.name not in learn}
-        self.dim = width_of(energy, sizes)
+        self.dim = width_of(energy.width, sizes)
+        self.context_dim = self.dim
+        if energy.context is not None:
+            self.context_dim = width_of(energy.context.shape[1], sizes)
         self.update, self.preconditioner, self.norm = update, preconditioner, norm
         for parameter in energy.parameters:
-            shape = [int(Expr.xreplace(size, sizes)) for size in parameter.shape]
+            shape = [width_of(size, sizes) for size in parameter.shape]
             self.register_parameter(str(parameter.name), nn.Parameter(torch.empty(shape)))
         self._learned = tuple(s for s in scalars if s.name in learn)
         for scalar in self._learned:
@@ -89,14 +92,10 @@ class EnergyLayer(nn.Module):
         width = self.energy_function.width
         for parameter in self.energy_function.parameters:
             tensor = getattr(self, str(parameter.name))
-            shape = tuple(parameter.shape)
-            product = Expr.__mul__(shape[0], 1)
-            for size in shape[1:]:
-                product = product * size
-            if product == width:
+            if Mul(*parameter.shape) == width:
                 nn.init.zeros_(tensor)
             else:
-                fan = self.dim if width in shape else tensor.shape[-1]
+                fan = self.dim if width in parameter.shape else tensor.shape[-1]
                 nn.init.normal_(tensor, std=fan**-0.5)
 
     # -- the step -------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class EnergyLayer(nn.Module):
 
         ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone.
         """
-        self._check(h, "state")
+        self._check(h, "state", self.dim)
         tokens = h.reshape(-1, *h.shape[-2:])
         g = self.norm(tokens)
         if self.energy_function.context is None:
@@ -188,28 +187,34 @@ class EnergyLayer(nn.Module):
                 )
             return tokens, g, None, None, False
         if context is None:
+            if self.context_dim != self.dim:
+                raise ValueError(
+                    f"layer `{self.energy_function.name}` needs a context of width {self.context_dim}: got none;"
+                    " call it with `context=`"
+                )
             x = g
         else:
-            self._check(context, "context")
+            self._check(context, "context", self.context_dim)
             if context.shape[:-2] != h.shape[:-2]:
                 raise ValueError(
                     f"layer `{self.energy_function.name}`: state and context must have the same leading sizes:"
                     f" got {tuple(h.shape)} and {tuple(context.shape)}; expand one of them"
                 )
-            x = self.norm(context.reshape(-1, *context.shape[-2:]))
+            x = context.reshape(-1, *context.shape[-2:])
+            x = self.norm(x) if self.context_dim == self.dim else x
         mask, causal = self._visible(tokens.shape[1], x.shape[1], visible, h, dense)
         return tokens, g, x, mask, causal
 
-    def _check(self, h: Tensor, what: str) -> None:
+    def _check(self, h: Tensor, what: str, width: int) -> None:
         name = self.energy_function.name
         if not h.is_floating_point():
             raise TypeError(
                 f"layer `{name}` takes a floating-point {what}: got {h.dtype}; embed tokens first or type"
                 " `h.float()`"
             )
-        if h.dim() < 2 or h.shape[-1] != self.dim:
+        if h.dim() < 2 or h.shape[-1] != width:
             raise ValueError(
-                f"layer `{name}` takes a {what} of shape (..., tokens, {self.dim}): got {tuple(h.shape)}"
+                f"layer `{name}` takes a {what} of shape (..., tokens, {width}): got {tuple(h.shape)}"
             )
         if h.shape[-2] == 0:
             raise ValueError(
@@ -326,7 +331,8 @@ def derive(
         update: an update rule; ``cem.GradientDescent()`` if None.
         preconditioner: P, a module or a class that is called with the width of the state; the identity if None.
         norm: a module, or a class called with the width, in front of the energy: state and context are read
-            through it, the gradient is taken with respect to its output and moves h.
+            through it, the gradient is taken with respect to its output and moves h. A context of another width
+            than the state is read as it is.
         refresh: when ``frozen(h)`` is taken: ``"layer"`` once, at the input, or ``"step"``, before every step.
         lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
@@ -350,14 +356,14 @@ def derive(
     learn = (learn,) if isinstance(learn, str) else tuple(learn)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    check_names(energy, set(dir(EnergyLayer)) | {"dim", "update", "preconditioner", "norm", "lowering", "steps"})
+    check_names(energy, set(dir(EnergyLayer)) | {"dim", "context_dim", "update", "preconditioner", "norm", "lowering", "steps"})
     if energy.expression is None and energy.context is not None and causal and not energy.masks_itself:
         raise ValueError(
             f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
             f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"
             " `causal=False`"
         )
-    width = width_of(energy, sizes)
+    width = width_of(energy.width, sizes)
     if steps < 1 or steps != int(steps):
         raise ValueError(f"`steps` is a positive integer: got {steps}; type `steps=1`")
     if refresh not in REFRESH:

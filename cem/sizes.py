@@ -10,9 +10,9 @@ from .energy import Energy
 from .language.symbols import Dim, Scalar
 
 
-def width_of(energy: Energy, sizes: Mapping[Symbol, int]) -> int:
-    """The width of the state."""
-    return int(energy.width.xreplace(dict(sizes)))
+def width_of(size: Expr, sizes: Mapping[Symbol, int]) -> int:
+    """The length of an axis: a named size or a product of them."""
+    return int(size.xreplace(dict(sizes)))
 
 
 def solve_sizes(energy: Energy, given: Mapping[str, float]) -> dict[Dim, int]:

@@ -124,10 +124,11 @@ def _inlined(node: fx.Node) -> bool:
     if len(node.users) != 1:
         return False
     user = next(iter(node.users))
-    if user.op == "output" or sum(used is node for used in _arguments(user)) != 1:
+    if sum(used is node for used in _arguments(user)) != 1:
         return False
     chained = _is_view(user) and user.args[0] is node
-    return chained or (_is_view(node) and _root(node).op == "placeholder")
+    alone = user.op == "output" and user.args[0] is node
+    return chained or alone or (_is_view(node) and _root(node).op == "placeholder")
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:
