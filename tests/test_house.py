@@ -19,18 +19,20 @@ GALLERIES = {"energies", "derivations"}
 # Lowest first. A module imports from lower floors and from its own part, never sideways or up.
 # A part is a module or a folder of cem; `__init__` is cem/__init__.py, the face.
 FLOORS = (
-    ("_version",),
+    ("_version", "plot"),
     ("language",),
     ("calculus",),
+    ("derivation",),
     ("energy",),
-    ("lowering", "update", "preconditioner"),
+    ("lowering", "sizes", "update", "preconditioner"),
     ("layer",),
-    ("trace", "derivation", "growth", "routing", "analysis", "testing"),
-    ("plot", "lm", "allocation"),
+    ("trace", "growth", "routing", "analysis", "testing"),
+    ("lm", "allocation"),
     ("hf",),
     ("__init__",),
-    ("cli", "energies"),
-    ("__main__", "derivations"),
+    ("energies", "demo"),
+    ("cli", "derivations"),
+    ("__main__",),
 )
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 
