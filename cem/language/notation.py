@@ -69,23 +69,19 @@ def _primes(expression: Expr) -> dict[Idx, int]:
     return primes
 
 
-def _terms(expression: Expr) -> list[Expr]:
-    """The terms of a sum, numbers and short ones first, those with a minus last."""
+def terms(expression: Expr) -> list[Expr]:
+    """The terms of a sum in the order in which they are shown: short ones first, a minus last."""
 
     def key(term: Expr):
         reductions = len(term.atoms(Sum, LogSumExp, Ravel))
-        return (
-            _is_negative(term), isinstance(term, Ravel), reductions, not term.is_number,
-            term.count_ops(), str(term),
-        )  # fmt: skip
+        whole = (_is_negative(term), term.has(Ravel), reductions, not term.is_number)
+        return (*whole, term.count_ops(), str(term))
 
     return sorted(Add.make_args(expression), key=key)
 
 
 def _is_negative(term: Expr) -> bool:
-    if isinstance(term, Ravel):
-        return _is_negative(term.args[0])
-    return bool(term.could_extract_minus_sign() and Mul.make_args(term)[0].is_negative)
+    return _parts(term)[0] < 0
 
 
 def _negated(term: Expr) -> Expr:
@@ -123,6 +119,9 @@ def _parts(product: Expr) -> tuple[int, Expr, list[Expr], list[Expr]]:
     for factor in Mul.make_args(product):
         if factor.is_Rational or factor.is_Float:
             number = number * factor
+        elif isinstance(factor, Ravel) and _is_negative(factor.args[0]):
+            number = -number
+            above.append(_negated(factor))
         elif isinstance(factor, Pow) and _is_negative(factor.exp):
             below.append(Pow(factor.base, -factor.exp))
         else:
@@ -145,9 +144,7 @@ class _Notation:
     def show(self, node: Expr) -> str:
         if isinstance(node, Add):
             return self.add(node)
-        if isinstance(node, Ravel) and _is_negative(node):
-            return f"-{self.atom(_negated(node))}"
-        if isinstance(node, Mul) or node.is_Rational:
+        if isinstance(node, Mul | Ravel) and _parts(node)[2] != [node] or node.is_Rational:
             return self.product(node)
         if isinstance(node, Pow):
             return self.product(node) if _is_negative(node.exp) else self.power(node)
@@ -155,7 +152,7 @@ class _Notation:
 
     def add(self, node: Expr) -> str:
         shown = ""
-        for term in _terms(node):
+        for term in terms(node):
             minus = _is_negative(term)
             part = self.show(_negated(term) if minus else term)
             shown += f" {'-' if minus else '+'} {part}" if shown else f"{'-' * minus}{part}"
