@@ -1,7 +1,7 @@
-"""The operations of torch that the torch pen understands: one table from names to meanings on symbolic tensors.
+"""The operations of torch that the torch pen understands: one table from names to meanings.
 
-A function, a method and an operator that do the same share one entry: ``torch.sum(x)`` and ``x.sum()`` are
-``sum``. Handlers take the arguments that torch takes.
+A function, a method and an operator that do the same share one entry: ``torch.sum(x)`` and
+``x.sum()`` are ``sum``. Handlers take the arguments that torch takes.
 """
 
 from __future__ import annotations
@@ -146,20 +146,25 @@ TABLE: dict[str, Callable] = {
 
 ADVICE = {
     **dict.fromkeys(
-        "max min amax amin argmax argmin aminmax median mode kthvalue quantile prod all any count_nonzero".split(),
-        "it reduces in a way that a mask over the context cannot enter: use `sum`, `mean` or `logsumexp`",
+        "max min amax amin argmax argmin aminmax median mode kthvalue quantile prod all any "
+        "count_nonzero".split(),
+        "a mask over the context can enter a sum only: use `sum`, `mean` or `logsumexp`",
     ),
     **dict.fromkeys(
         "cumsum cumprod logcumsumexp sort argsort topk flip roll unique".split(),
-        "it depends on the order of the tokens, which a masked context does not have: use `sum` or `logsumexp`",
+        "it depends on the order of the tokens, which a masked context does not have: use `sum`"
+        " or `logsumexp`",
     ),
     **dict.fromkeys(
-        "stack cat concat concatenate hstack vstack chunk split tensor_split unbind narrow select index_select gather take".split(),
-        "an expression has no joined or cut tensors: add the terms, or declare a parameter for each part",
+        "stack cat concat concatenate hstack vstack chunk split tensor_split unbind narrow select "
+        "index_select gather take".split(),
+        "an expression has no joined or cut tensors: add the terms, or declare a parameter for"
+        " each part",
     ),
     **dict.fromkeys(
         "where masked_fill tril triu masked_select".split(),
-        "the toolkit masks the context by itself: leave the mask out, or use `torch.relu` for a kink",
+        "the toolkit masks the context by itself: leave the mask out, or use `torch.relu` for a"
+        " kink",
     ),
     **dict.fromkeys(
         "dropout rand_like randn_like bernoulli multinomial".split(),
@@ -181,23 +186,31 @@ def call(target: str | Callable, arguments: tuple, options: dict):
         return target(*arguments, **options)
     spelled = target if isinstance(target, str) else target.__name__
     if not isinstance(target, str) and (target.__module__ or "torch").split(".")[0] not in HOMES:
-        raise Untranslatable(f"`{spelled}` is not a function of torch: write it with torch operations")
+        raise Untranslatable(
+            f"`{spelled}` is not a function of torch: write it with torch operations"
+        )
     name = spelled.strip("_") if spelled.endswith("__") else spelled.removeprefix("special_")
     if name.endswith("_"):
-        raise Untranslatable(f"`{spelled}` writes into a tensor: type `{name[:-1]}` and keep its result")
+        raise Untranslatable(
+            f"`{spelled}` writes into a tensor: type `{name[:-1]}` and keep its result"
+        )
     handler = TABLE.get(ALIASES.get(name, name))
     if handler is None:
         advice = ADVICE.get(name, "write it with products, sums and the words of `cem`")
         raise Untranslatable(f"`{spelled}` has no translation; {advice}")
     options = {KEYWORDS.get(option, option): value for option, value in options.items()}
     if options.pop("out", None) is not None:
-        raise Untranslatable(f"`{spelled}` writes into a tensor: leave `out=` out and keep its result")
+        raise Untranslatable(
+            f"`{spelled}` writes into a tensor: leave `out=` out and keep its result"
+        )
     try:
         return handler(*arguments, **options)
     except Untranslatable as error:
         raise Untranslatable(f"`{spelled}`: {error}") from None
     except TypeError as error:
-        raise Untranslatable(f"`{spelled}` with these arguments has no translation ({error})") from error
+        raise Untranslatable(
+            f"`{spelled}` with these arguments has no translation ({error})"
+        ) from error
 
 
 HOMES = ("torch", "_operator", "operator", "builtins", "math")

@@ -80,7 +80,8 @@ def floordiv(input, other) -> Value:
     quotient = left.expression / right.expression
     if left.axes or right.axes or not is_size(quotient):
         raise Untranslatable(
-            f"`{left.expression} // {right.expression}` is no product of named sizes: declare the split,"
+            f"`{left.expression} // {right.expression}` is no product of named sizes: declare the"
+            " split,"
             ' such as h="(heads block)"'
         )
     return Value(quotient)
@@ -124,7 +125,7 @@ def gelu(input, *, approximate="none") -> Value:
 
 
 def softplus(input, beta=1, threshold=20) -> Value:
-    # Above the threshold torch takes the identity, which differs by less than its rounding in float32.
+    # Above the threshold torch takes the identity, which differs by less than float32 resolves.
     del threshold
     return elementwise(lambda z, c: words.softplus(c * z) / c, input, beta)
 
@@ -135,7 +136,9 @@ def clamp(input, min=None, max=None) -> Value:
         return elementwise(words.relu, input)
     if bounds == [None, 0]:
         return elementwise(lambda z: -words.relu(-z), input)
-    raise Untranslatable("`clamp` is understood at 0 only: type `x.clamp(min=0)`, or `c + torch.relu(x - c)`")
+    raise Untranslatable(
+        "`clamp` is understood at 0 only: type `x.clamp(min=0)`, or `c + torch.relu(x - c)`"
+    )
 
 
 def maximum(input, other, *, sign=1) -> Value:
@@ -158,7 +161,9 @@ def less(input, other) -> Value:
 def compare(input, other, *, same: bool):
     left, right = lift(input), lift(other)
     if left.axes or right.axes:
-        raise Untranslatable("comparing entries has no gradient: write the energy with smooth functions")
+        raise Untranslatable(
+            "comparing entries has no gradient: write the energy with smooth functions"
+        )
     if left.expression == right.expression:
         return same
     raise Untranslatable(

@@ -32,14 +32,20 @@ def einsum(equation, *operands) -> Value:
         output = tuple(rest[-1]) if len(rest) % 2 else None
     values = [lift(operand) for operand in operands]
     if len(terms) != len(values):
-        raise Untranslatable(f"the equation `{equation}` has {len(terms)} terms for {len(values)} tensors")
+        raise Untranslatable(
+            f"the equation `{equation}` has {len(terms)} terms for {len(values)} tensors"
+        )
     labels = []
-    for term, value in zip(terms, values):
+    for term, value in zip(terms, values, strict=True):
         extra = value.ndim - len(term) + (... in term)
         if extra < 0 or (extra and ... not in term):
-            raise Untranslatable(f"a term of `{equation}` does not fit a tensor of shape {show(value.shape)}")
+            raise Untranslatable(
+                f"a term of `{equation}` does not fit a tensor of shape {show(value.shape)}"
+            )
         labels.append(_spread(term, range(-extra, 0)))
-    dots = range(-max((-label for names in labels for label in names if _is_dots(label)), default=0), 0)
+    dots = range(
+        min((label for names in labels for label in names if _is_dots(label)), default=0), 0
+    )
     if output is None:
         seen = [label for names in labels for label in names if not _is_dots(label)]
         output = (..., *sorted(label for label in set(seen) if seen.count(label) == 1))
@@ -52,7 +58,7 @@ def _letters(term: str) -> tuple:
 
 
 def _spread(term: tuple, dots: range) -> tuple:
-    """Put the axes that three dots stand for in their place, as negative numbers counted from the right."""
+    """Put the axes that three dots stand for in their place: -1 is the rightmost."""
     return tuple(label for one in term for label in (dots if one is ... else (one,)))
 
 
@@ -77,11 +83,9 @@ def linear(input, weight, bias=None) -> Value:
 
 
 def inner(input, other) -> Value:
-    return (
-        tensordot(input, other, ([-1], [-1]))
-        if input.ndim and other.ndim
-        else elementwise(operator.mul, input, other)
-    )
+    if not input.ndim or not other.ndim:
+        return elementwise(operator.mul, input, other)
+    return tensordot(input, other, ([-1], [-1]))
 
 
 def outer(input, vec2) -> Value:
@@ -91,7 +95,10 @@ def outer(input, vec2) -> Value:
 def tensordot(a, b, dims=2) -> Value:
     if isinstance(dims, int):
         dims = (range(-dims, 0), range(dims))
-    left, right = (places(value, list(one)) if len(one) else () for value, one in zip((a, b), dims))
+    left, right = (
+        places(value, list(one)) if len(one) else ()
+        for value, one in zip((a, b), dims, strict=True)
+    )
     names_a = [("left", axis) for axis in range(a.ndim)]
     names_b = [("right", axis) for axis in range(b.ndim)]
     for one, other in zip(left, right, strict=True):

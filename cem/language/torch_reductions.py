@@ -25,7 +25,9 @@ def var(input, dim=None, unbiased=True, keepdim=False, *, correction=None) -> Va
         dim, unbiased = None, dim
     less = lift(int(unbiased) if correction is None else correction).expression
     centred = elementwise(operator.sub, input, mean(input, dim, keepdim=True))
-    return reduce(centred, dim, keepdim, lambda body, over: total(body**2, over) / (product(over) - less))
+    return reduce(
+        centred, dim, keepdim, lambda body, over: total(body**2, over) / (product(over) - less)
+    )
 
 
 def std(input, dim=None, unbiased=True, keepdim=False, *, correction=None) -> Value:
@@ -39,7 +41,9 @@ def norm(input, p=2, dim=None, keepdim=False, dtype=None, *, ord=None) -> Value:
         return reduce(input, dim, keepdim, lambda body, over: sqrt(total(body**2, over)))
     if order == 1:
         return reduce(input, dim, keepdim, lambda body, over: total(Abs(body), over))
-    raise Untranslatable(f"the norm of order {order} has no translation: use the 1-norm, the 2-norm or a sum")
+    raise Untranslatable(
+        f"the norm of order {order} has no translation: use the 1-norm, the 2-norm or a sum"
+    )
 
 
 def linalg_vector_norm(input, ord=2, dim=None, keepdim=False, *, dtype=None) -> Value:
@@ -47,7 +51,9 @@ def linalg_vector_norm(input, ord=2, dim=None, keepdim=False, *, dtype=None) -> 
 
 
 def linalg_norm(input, ord=None, dim=None, keepdim=False, dtype=None) -> Value:
-    if ord in (1, 2) and (input.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2):
+    if ord in (1, 2) and (
+        input.ndim == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
+    ):
         raise Untranslatable(
             f"the matrix norm of order {ord} has no translation: use the Frobenius norm, ord=None"
         )
@@ -65,7 +71,7 @@ def logsumexp(input, dim, keepdim=False) -> Value:
 
 
 def _weights(body: Expr, over: tuple[Idx, ...]) -> Expr:
-    """Softmax over several indices: that over the first times that of what it leaves over the others."""
+    """Softmax over several indices, as a product of softmaxes over one index each."""
     factors = []
     for idx in over:
         factors.append(Softmax(body, idx))

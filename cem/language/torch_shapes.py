@@ -1,4 +1,4 @@
-"""Axes of symbolic tensors for the torch pen: permuting, indexing, viewing, repeating and reading sizes."""
+"""Axes of symbolic tensors for the torch pen: permute, index, view, repeat, read sizes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def unsqueeze(input, dim) -> Value:
 
 def squeeze(input, dim=None) -> Value:
     gone = [axis for axis in places(input, dim) if not input.axes[axis]]
-    return Value(input.expression, tuple(one for axis, one in enumerate(input.axes) if axis not in gone))
+    return Value(
+        input.expression, tuple(one for axis, one in enumerate(input.axes) if axis not in gone)
+    )
 
 
 def getitem(input, index):
@@ -83,8 +85,8 @@ def getitem(input, index):
             rest.pop(0)
         else:
             raise Untranslatable(
-                f"picking entries by number, `[{index}]`, has no meaning for tokens that a mask may hide:"
-                " sum over the axis, or declare a parameter for each part"
+                f"picking entries by number, `[{index}]`, has no meaning for tokens that a mask may"
+                " hide: sum over the axis, or declare a parameter for each part"
             )
     return Value(input.expression, tuple(axes))
 
@@ -107,7 +109,9 @@ def unflatten(input, dim, sizes) -> Value:
     position = place(input.ndim, dim)
     part = Value(input.expression, (input.axes[position],))
     split = regroup(part, [as_size(one) for one in sizes])
-    return Value(split.expression, (*input.axes[:position], *split.axes, *input.axes[position + 1 :]))
+    return Value(
+        split.expression, (*input.axes[:position], *split.axes, *input.axes[position + 1 :])
+    )
 
 
 def expand(input, *size) -> Value:
@@ -125,7 +129,9 @@ def reshape_as(input, other) -> Value:
 def same(input, *args, **kwargs) -> Value:
     for option in (*args, *kwargs.values()):
         if isinstance(option, torch.dtype) and not option.is_floating_point:
-            raise Untranslatable(f"a conversion to {option} rounds and has no gradient: leave it out")
+            raise Untranslatable(
+                f"a conversion to {option} rounds and has no gradient: leave it out"
+            )
     return input
 
 

@@ -1,7 +1,8 @@
 """Symbolic tensors of the torch pen: an expression with a named size on every axis.
 
-An axis is a tuple of indices: ``()`` has size 1, ``(i,)`` runs over one size, and ``(a, r)`` is the flattened
-pair whose slot is ``rank*a + r``. The free indices of the expression are among those of its axes.
+An axis is a tuple of indices: ``()`` has size 1, ``(i,)`` runs over one size, and ``(a, r)`` is the
+flattened pair whose slot is ``rank*a + r``. The free indices of the expression are among those of
+its axes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Label = Hashable
 
 
 class Untranslatable(Exception):
-    """A torch callable has no expression. The message names the operation, its line and what to do."""
+    """A torch callable has no expression: the message says which operation, where, what to do."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,16 @@ def leaf(base: Tensor) -> Value:
 
 
 def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
-    """``canonical.rename`` that also takes slots such as ``block*a + b`` for an index over heads*block."""
+    """Rename indices; one over heads*block may also become a slot such as ``block*a + b``."""
     names = {old: new for old, new in names.items() if old != new}
-    slots = {old for old, new in names.items() if not isinstance(new, Idx)} & free_indices(expression)
+    slots = {old for old, new in names.items() if not isinstance(new, Idx)}
+    slots &= free_indices(expression)
     if slots:
         # The index of a softmax cannot be a slot, so its quotient is written out.
-        weights = [node for node in expression.atoms(Softmax) if node.index in slots]
-        expression = expression.xreplace(
-            {node: exp(node.body - LogSumExp(node.body, node.index)) for node in weights}
-        )
+        while weights := [node for node in expression.atoms(Softmax) if node.index in slots]:
+            expression = expression.xreplace(
+                {node: exp(node.body - LogSumExp(node.body, node.index)) for node in weights}
+            )
     expression = rename(expression, names)
     if slots:
         entries = expression.atoms(Indexed)
@@ -117,7 +119,7 @@ def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
 
 
 def cover(axis: Axis, target: Axis) -> dict[Idx, Expr] | None:
-    """The slots of ``target`` that stand for the indices of a coarser axis; None where the sizes differ."""
+    """What the indices of an axis are in terms of a finer one; None where their sizes differ."""
     names: dict[Idx, Expr] = {}
     rest = list(target)
     for idx in axis:
@@ -130,7 +132,9 @@ def cover(axis: Axis, target: Axis) -> dict[Idx, Expr] | None:
     return None if rest else names
 
 
-def unify(values: Sequence[Value], labels: Sequence[Sequence[Label]]) -> tuple[list[Expr], dict[Label, Axis]]:
+def unify(
+    values: Sequence[Value], labels: Sequence[Sequence[Label]]
+) -> tuple[list[Expr], dict[Label, Axis]]:
     """Rename the indices of several tensors so that axes with one label share their indices.
 
     An axis of size 1 fits any other. Axes with different labels get different indices.
@@ -172,11 +176,13 @@ def elementwise(function: Callable[..., Expr], *operands) -> Value:
     return Value(function(*expressions), tuple(shared[place] for place in range(-rank, 0)))
 
 
-def contract(values: Sequence[Value], labels: Sequence[Sequence[Label]], output: Sequence[Label]) -> Value:
+def contract(
+    values: Sequence[Value], labels: Sequence[Sequence[Label]], output: Sequence[Label]
+) -> Value:
     """The product of tensors, summed over the labels that the output lacks: einsum."""
     expressions, shared = unify(values, labels)
 
-    # The widths of the state and of the tokens are summed first, so that features come before scores.
+    # The widths of the state and of the tokens are summed first: features before scores.
     def narrowest(label: Label) -> int:
         return min(len(names) for names in labels if label in names)
 
@@ -200,8 +206,10 @@ def place(rank: int, dim) -> int:
     return dim % max(rank, 1)
 
 
-def reduce(value: Value, dim, keepdim: bool, function: Callable[[Expr, tuple[Idx, ...]], Expr]) -> Value:
-    """Bind the indices of some axes; ``function`` gets the expression and the indices, innermost first."""
+def reduce(
+    value: Value, dim, keepdim: bool, function: Callable[[Expr, tuple[Idx, ...]], Expr]
+) -> Value:
+    """Bind the indices of some axes; ``function`` gets the expression and them, innermost first."""
     gone = places(value, dim) if value.ndim else ()
     indices = tuple(idx for axis in reversed(sorted(gone)) for idx in reversed(value.axes[axis]))
     axes = tuple(
@@ -220,7 +228,8 @@ def regroup(value: Value, sizes: Sequence[Expr]) -> Value:
     wanted = f"cannot view the shape {show(value.shape)} as {show(sizes)}"
     if Mul(*got) != total_size or not all(map(is_size, got)):
         raise Untranslatable(
-            f'{wanted}: declare an axis that is split as a product of names, such as h="(heads block)",'
+            f"{wanted}: declare an axis that is split as a product of names,"
+            ' such as h="(heads block)",'
             " and read the sizes from `.shape`"
         )
     queue = [idx for axis in value.axes for idx in axis]
@@ -250,11 +259,16 @@ def stretch(value: Value, sizes: Sequence[Expr]) -> Value:
     """Repeat axes of size 1, and new ones on the left, up to the given sizes; -1 keeps an axis."""
     missing = len(sizes) - value.ndim
     axes = ((),) * missing + value.axes
-    if missing < 0 or any(axis and size not in (-1, product(axis)) for axis, size in zip(axes, sizes)):
+    if missing < 0 or any(
+        axis and size not in (-1, product(axis)) for axis, size in zip(axes, sizes, strict=True)
+    ):
         raise Untranslatable(f"cannot expand the shape {show(value.shape)} to {show(sizes)}")
     return Value(
         value.expression,
-        tuple(axis or (() if size == -1 else fresh(size)) for axis, size in zip(axes, sizes)),
+        tuple(
+            axis or (() if size == -1 else fresh(size))
+            for axis, size in zip(axes, sizes, strict=True)
+        ),
     )
 
 

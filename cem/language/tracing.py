@@ -1,13 +1,14 @@
 """The torch pen: a torch callable for one token, read with torch.fx and written as an expression.
 
-Every operation that torch.fx meets is applied to symbolic tensors at once, so an error points at the line that
-caused it, and sizes that the callable reads from ``.shape`` are named sizes.
+Every operation that torch.fx meets is applied to symbolic tensors at once, so an error points at
+the line that caused it, and sizes that the callable reads from ``.shape`` are named sizes.
 """
 
 from __future__ import annotations
 
 import inspect
 import linecache
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Signature:
     frozen: bool = False
     visible: bool = False
 
-    def arguments(self, h, x=None, *, frozen=None, visible=None, **named) -> tuple[tuple, dict]:
+    def arguments(self, h, x=None, /, *, frozen=None, visible=None, **named) -> tuple[tuple, dict]:
         """The positional and the keyword arguments of a call; parameters and scalars by name."""
         positional = (h,) if self.context is None else (h, x)
         if self.frozen:
@@ -64,10 +65,14 @@ class Translation:
 def signature(function: Callable, shapes: dict[str, str]) -> Signature:
     """The arguments of a torch callable for one token: state, context, parameters and scalars.
 
-    The first argument is the state, with one axis; a second one whose shape begins with ``seq`` is the context.
-    Keyword-only arguments with a shape are parameters, without one scalars. A shape is a string of names
-    separated by blanks; a group in parentheses is one axis whose size is their product, in row-major order.
-    ``ValueError`` for a declaration that does not follow these rules.
+    The first argument is the state, with one axis; a second one whose shape begins with ``seq`` is
+    the context. Keyword-only arguments with a shape are parameters, without one scalars. A shape is
+    a string of names separated by blanks; a group in parentheses is one axis whose size is their
+    product, in row-major order. An argument named ``frozen`` receives the frozen state, one named
+    ``visible`` the mask (bool, (seq,)) of a callable that masks by itself.
+
+    Raises:
+        ValueError: a declaration that does not follow these rules.
 
     >>> def energy(h, x, *, Q, beta=1.0): ...
     >>> found = signature(energy, dict(h="dim", x="seq dim", Q="heads rank dim"))
@@ -85,7 +90,9 @@ def signature(function: Callable, shapes: dict[str, str]) -> Signature:
     roles = {"frozen": arguments.pop("frozen", None), "visible": arguments.pop("visible", None)}
     order = list(arguments.values())
     if not order or order[0].kind not in _POSITIONAL:
-        raise ValueError(f"energy `{name}` has no state: type it as the first argument, `def {name}(h, ...)`")
+        raise ValueError(
+            f"energy `{name}` has no state: type it as the first argument, `def {name}(h, ...)`"
+        )
     first, rest = order[0].name, order[1:]
     if first not in sizes or len(sizes[first]) != 1 or SEQ in sizes[first]:
         raise ValueError(
@@ -98,8 +105,8 @@ def signature(function: Callable, shapes: dict[str, str]) -> Signature:
         second = rest.pop(0).name
         if len(sizes[second]) != 2:
             raise ValueError(
-                f"the context `{second}` of energy `{name}` must have two axes, tokens and their width: got"
-                f' {shapes[second]!r}; type `{second}="seq dim"`'
+                f"the context `{second}` of energy `{name}` must have two axes, tokens and width:"
+                f' got {shapes[second]!r}; type `{second}="seq dim"`'
             )
         seen = context(*sizes[second][1:], name=second)
     parameters, scalars = [], []
@@ -123,8 +130,9 @@ def _shape(name: str, argument: str, text: str) -> tuple[Expr, ...]:
     axes = [piece.strip("()").split() for piece in pieces]
     if not axes or not all(axis and all(one.isidentifier() for one in axis) for axis in axes):
         raise ValueError(
-            f"the shape of `{argument}` in energy `{name}` must be names separated by blanks, with a product of"
-            f' names in parentheses: got {text!r}; type for instance "heads rank dim" or "(heads rank) dim"'
+            f"the shape of `{argument}` in energy `{name}` must be names separated by blanks,"
+            f" with a product of names in parentheses: got {text!r}; type for instance"
+            ' "heads rank dim" or "(heads rank) dim"'
         )
     return tuple(Mul(*map(Dim, axis)) for axis in axes)
 
@@ -138,8 +146,9 @@ def _check_keyword(
         what = "collects arguments" if starred else "is positional"
         got = f"the shape {shapes[argument.name]!r}" if argument.name in shapes else "no shape"
         raise ValueError(
-            f"argument `{argument.name}` of energy `{name}` {what}: got {got}; type `*` before the parameters"
-            f' and scalars, `def {name}(h, x, *, {argument.name})`, or a shape that begins with "seq" for a context'
+            f"argument `{argument.name}` of energy `{name}` {what}: got {got}; type `*` before the"
+            f" parameters and scalars, `def {name}(h, x, *, {argument.name})`, or a shape"
+            ' that begins with "seq" for a context'
         )
     if any(size.has(SEQ) for size in sizes.get(argument.name, ())):
         raise ValueError(
@@ -148,27 +157,38 @@ def _check_keyword(
         )
     if argument.name in names:
         raise ValueError(
-            f"argument `{argument.name}` of energy `{name}` has the name of a size: read the size from `.shape`"
-            " or rename one of the two"
+            f"argument `{argument.name}` of energy `{name}` has the name of a size: read the size"
+            " from `.shape` or rename one of the two"
         )
 
 
 def _scalar(name: str, argument: inspect.Parameter) -> Scalar:
     default = None if argument.default is inspect.Parameter.empty else argument.default
-    if default is not None and (isinstance(default, bool) or not isinstance(default, int | float | Expr)):
+    if default is not None and (
+        isinstance(default, bool) or not isinstance(default, int | float | Expr)
+    ):
         raise ValueError(
-            f"argument `{argument.name}` of energy `{name}` has no shape, so it is a scalar: got the default"
-            f' {default!r}; type a number, or a shape such as `{argument.name}="hidden dim"` for a parameter'
+            f"argument `{argument.name}` of energy `{name}` has no shape, so it is a scalar:"
+            f" got the default {default!r}; type a number, or for a parameter a shape such as"
+            f' `{argument.name}="hidden dim"`'
         )
-    positive = default.is_positive if isinstance(default, Expr) else default is not None and default > 0
+    positive = (
+        default.is_positive if isinstance(default, Expr) else default is not None and default > 0
+    )
     return Scalar(argument.name, default, positive)
 
 
 def translate(function: Callable, shapes: dict[str, str]) -> Translation:
     """The expression of a torch callable for one token.
 
-    ``Untranslatable`` where an operation has no meaning in the language; ``ValueError`` for a wrong declaration
-    (see ``signature``) and for a result that is not one number.
+    ``shapes`` are those of :func:`signature`. Functions, methods and operators of torch, modules of
+    torch.nn without weights, and the words of the language are understood; ``h.detach()`` and
+    ``cem.frozen(h)`` are the frozen state, and sizes read from ``.shape`` are named sizes (``seq``
+    is the number of visible tokens).
+
+    Raises:
+        Untranslatable: an operation has no meaning in the language.
+        ValueError: a wrong declaration, or a result that is not one number.
 
     >>> import torch
     >>> def energy(h, *, U):
@@ -192,21 +212,24 @@ def translate(function: Callable, shapes: dict[str, str]) -> Translation:
         with torch.enable_grad():
             tracer.trace(function if isinstance(function, FunctionType) else _nothing)
         result = lift(tracer.result)
-        expression = canonical(result.expression)
     except Untranslatable as error:
         raise Untranslatable(f"energy `{declared.name}`{_line(error, function)}: {error}") from None
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise Untranslatable(
-            f"energy `{declared.name}`{_line(error, function)}: {type(error).__name__}, {reason}; tensors and sizes"
-            " are symbols here, so write it with torch operations on the arguments and no Python numbers made of them"
+            f"energy `{declared.name}`{_line(error, function)}: {type(error).__name__}, {reason};"
+            " tensors and sizes are symbols here, so write it with torch operations on the"
+            " arguments and no Python numbers made of them"
         ) from error
     if result.axes:
         raise ValueError(
-            f"energy `{declared.name}` must return one value per token: got shape {show(result.shape)};"
-            " did you forget `.sum()`?"
+            f"energy `{declared.name}` must return one value per token: got shape"
+            f" {show(result.shape)}; did you forget `.sum()`?"
         )
-    return Translation(expression, declared.state, declared.context, declared.parameters, declared.scalars)
+    expression = canonical(result.expression)
+    return Translation(
+        expression, declared.state, declared.context, declared.parameters, declared.scalars
+    )
 
 
 def _nothing() -> None:
@@ -218,7 +241,8 @@ _VISIBLE = object()
 
 def _line(error: Exception, function: Callable) -> str:
     """The last line of the callable's own file that an error passed through."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    called = function if hasattr(function, "__code__") else type(function).__call__
+    code = getattr(inspect.unwrap(called), "__code__", None)
     found, frame = "", error.__traceback__
     while frame is not None and code is not None:
         if frame.tb_frame.f_code.co_filename == code.co_filename:
@@ -226,6 +250,15 @@ def _line(error: Exception, function: Callable) -> str:
             found = f", line {frame.tb_lineno}" + (f", `{text}`" if text else "")
         frame = frame.tb_next
     return found
+
+
+class _Symbol(fx.Proxy):
+    """A proxy whose shape is a tuple, so that Python can unpack, count and slice it."""
+
+    def __getattr__(self, name: str):
+        if name in torch_ops.ATTRIBUTES:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
 
 
 class _Tracer(fx.Tracer):
@@ -237,7 +270,7 @@ class _Tracer(fx.Tracer):
         self.result = None
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """Calls the function with its own keywords, so that any callable and any default will do."""
+        """Calls the function by its own keywords, so that any callable and any default will do."""
         positional = [
             self.placeholder(f"input_{place}", value) for place, value in enumerate(self.positional)
         ]
@@ -259,7 +292,9 @@ class _Tracer(fx.Tracer):
             result = result.node.meta["value"]
         if isinstance(result, Value | int | float):
             return result
-        raise Untranslatable(f"it returns a {type(result).__name__}: return one tensor without axes")
+        raise Untranslatable(
+            f"it returns a {type(result).__name__}: return one tensor without axes"
+        )
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
         if not torch.is_grad_enabled():
@@ -268,21 +303,33 @@ class _Tracer(fx.Tracer):
             )
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         node = proxy.node
-        arguments, keywords = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["value"])
+        arguments, keywords = fx.node.map_arg(
+            (node.args, node.kwargs), lambda one: one.meta["value"]
+        )
         if any(one is _VISIBLE for one in (*arguments, *keywords.values())):
             raise Untranslatable(
-                "it masks by itself with `visible`: leave the argument out, since the toolkit masks the context"
+                "it masks by itself with `visible`: leave the argument out, since the toolkit"
+                " masks the context"
             )
-        node.meta["value"] = torch_ops.call(target, tuple(arguments), dict(keywords))
-        return proxy
+        value = torch_ops.call(target, tuple(arguments), dict(keywords))
+        node.meta["value"] = value
+        if isinstance(value, tuple):
+            return tuple(
+                self.create_proxy("call_function", operator.getitem, (proxy, place), {})
+                for place in range(len(value))
+            )
+        return value if isinstance(value, int) else proxy
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
 
     def create_arg(self, a):
         if isinstance(a, torch.Tensor):
-            if a.ndim == 0:
+            if a.ndim == 0 and not a.requires_grad:
                 return a.item()
             raise Untranslatable(
-                f"it reads a tensor of shape {tuple(a.shape)} that is not an argument: pass it as a keyword-only"
-                " argument with a shape"
+                f"it reads a tensor of shape {tuple(a.shape)} that is not an argument: pass it as a"
+                " keyword-only argument with a shape"
             )
         return super().create_arg(a)
 
@@ -290,15 +337,12 @@ class _Tracer(fx.Tracer):
         return forward(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        value = obj.node.meta["value"]
-        if isinstance(value, bool | int):
-            return bool(value)
         raise Untranslatable(
-            "`if`, `while`, `and` and `assert` cannot ask a tensor or a size: write it without branches"
+            "`if`, `while`, `and` and `assert` cannot ask a tensor or a size: write it without"
+            " branches"
         )
 
     def iter(self, obj: fx.Proxy) -> Iterator:
-        value = obj.node.meta["value"]
-        if isinstance(value, tuple):
-            return iter([obj[place] for place in range(len(value))])
-        raise Untranslatable("a loop over the axis of a tensor has no translation: use `sum` or `einsum`")
+        raise Untranslatable(
+            "a loop over the axis of a tensor has no translation: use `sum` or `einsum`"
+        )
