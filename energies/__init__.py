@@ -3,6 +3,41 @@
 if __name__ != "cem.energies":
     raise ImportError("this folder is a part of the package: type `import cem.energies`")
 
+from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
+from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
 from .interaction import interaction
+from .memory import memory
+from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
+from .two_sided_gated import (
+    two_sided_gated,
+    two_sided_gated_by,
+    two_sided_gated_gelu,
+    two_sided_gated_relu,
+    two_sided_gated_sigmoid,
+    two_sided_gated_silu,
+)
 
-__all__ = ["interaction"]
+__all__ = [
+    "diagonal_plus_low_rank",
+    "diagonal_plus_low_rank_full",
+    "gated",
+    "gated_by",
+    "gated_gelu",
+    "gated_relu",
+    "gated_sigmoid",
+    "gated_silu",
+    "interaction",
+    "memory",
+    "plain",
+    "plain_by",
+    "plain_gelu",
+    "plain_relu",
+    "plain_silu",
+    "plain_softplus",
+    "two_sided_gated",
+    "two_sided_gated_by",
+    "two_sided_gated_gelu",
+    "two_sided_gated_relu",
+    "two_sided_gated_sigmoid",
+    "two_sided_gated_silu",
+]
