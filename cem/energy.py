@@ -254,7 +254,7 @@ class Energy:
                     )
         for base, tensor in given:
             for size, length in zip(base.shape, tensor.shape, strict=True):
-                known = size.xreplace(sizes)
+                known = sympify(size.xreplace(sizes))
                 if not known.is_number or int(known) != length:
                     raise ValueError(
                         f"energy `{self.name}`: an axis of `{base.name}` is {size} = {known}: got {length} in"
