@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -91,6 +92,10 @@ class Energy:
     def _check_names(self) -> None:
         names = [str(p.name) for p in self.parameters] + [s.name for s in self.scalars]
         for name in names:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(
+                    f"energy `{self.name}`: the parameter name {name!r} is not a Python name; type another one"
+                )
             if name in RESERVED or names.count(name) > 1:
                 why = "is a name of the layer's own inputs" if name in RESERVED else "is used twice"
                 raise ValueError(f"energy `{self.name}`: the parameter name `{name}` {why}; type another name")

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Mul, Sum, Symbol, exp, log
 
-from .symbols import LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
+from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
 
 Indices = frozenset[Idx]
 
@@ -69,7 +69,7 @@ def rename(expression: Expr, names: dict[Idx, Expr]) -> Expr:
 
 
 class _Renamer:
-    """Rebuilds an expression with every binder on an index of its own, so that nothing is captured."""
+    """Rebuilds an expression with other free indices; a binder that would capture one gets a fresh index."""
 
     def __init__(self) -> None:
         self.memo: dict[tuple[Expr, tuple], Expr] = {}
@@ -82,8 +82,15 @@ class _Renamer:
         return self.memo[key]
 
     def bind(self, idx: Idx, names: dict[Idx, Expr]) -> tuple[Idx, dict[Idx, Expr]]:
-        fresh = Idx(Dummy(str(idx.label), integer=True), size_of(idx))
-        return fresh, {**names, idx: fresh}
+        names = {old: new for old, new in names.items() if old != idx}
+        if any(idx in free_indices(new) for new in names.values()):
+            return self.fresh(idx, names)
+        return idx, names
+
+    @staticmethod
+    def fresh(idx: Idx, names: dict[Idx, Expr]) -> tuple[Idx, dict[Idx, Expr]]:
+        own = Idx(Dummy(str(idx.label), integer=True), size_of(idx))
+        return own, {**names, idx: own}
 
     def build(self, expression: Expr, names: dict[Idx, Expr]) -> Expr:
         match expression:
@@ -110,13 +117,16 @@ class _Renamer:
                 inner = names
                 for old in split(slot):
                     _, inner = self.bind(old, inner)
-                return Ravel(self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx))
+                return self.ravel(self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx))
         if not expression.args or not free_indices_or_binders(expression):
             return expression
         return self.node(expression, [self.visit(arg, names) for arg in expression.args])
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
         return total(body, indices)
+
+    def ravel(self, body: Expr, slot: Expr, idx: Expr) -> Expr:
+        return Ravel(body, slot, idx)
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
         return expression.func(*args)
@@ -131,10 +141,20 @@ def free_indices_or_binders(expression: Basic) -> bool:
 
 
 class _Normaliser(_Renamer):
-    """A renamer that also pulls factors out of sums and recognises log-sum-exp."""
+    """Puts every binder on an index of its own, pulls factors out of sums and recognises log-sum-exp."""
+
+    bind = staticmethod(_Renamer.fresh)
+
+    def ravel(self, body: Expr, slot: Expr, idx: Expr) -> Expr:
+        bound = set(split(slot))
+        inside, outside = [], []
+        for factor in Mul.make_args(body):
+            (inside if bound & free_indices(factor) else outside).append(factor)
+        return Mul(*outside, Ravel(Mul(*inside), slot, idx))
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
-        for idx in indices:
+        # The context first, so that what does not depend on it stays outside its averages.
+        for idx in sorted(indices, key=lambda idx: size_of(idx) != SEQ):
             body = self.sum_one(body, idx)
         return body
 
@@ -146,14 +166,17 @@ class _Normaliser(_Renamer):
         outside, inside = [], []
         for factor in Mul.make_args(body):
             (inside if idx in free_indices(factor) else outside).append(factor)
-        if any(isinstance(f, Softmax) and f.index == idx for f in inside):
-            # A weighted mean is taken term by term, so that each term is a plain average of context features.
-            for n, factor in enumerate(inside):
-                if factor.is_Add:
-                    others = inside[:n] + inside[n + 1 :]
-                    parts = (self.sum_one(Mul(term, *others), idx) for term in factor.args)
-                    return Mul(*outside, Add(*parts))
-        return Mul(*outside, Sum(Mul(*inside), (idx, 0, idx.args[1][1])))
+        for n, factor in enumerate(inside):
+            others = inside[:n] + inside[n + 1 :]
+            if factor.is_Add and any(_weighs(other, idx) for other in others):
+                # A weighted mean is taken term by term: each is a plain average of context features.
+                parts = (self.sum_one(Mul(term, *others), idx) for term in factor.args)
+                return Mul(*outside, Add(*parts))
+            if isinstance(factor, Sum) and others and _weighs(factor, idx):
+                # The weights stand below another sum: average first.
+                body = self.sum_one(Mul(factor.function, *others), idx)
+                return Mul(*outside, self.sum(body, tuple(limit[0] for limit in factor.limits)))
+        return Mul(*outside, total(Mul(*inside), (idx,)))
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
         if isinstance(expression, log) and isinstance(args[0], Sum):
@@ -164,6 +187,13 @@ class _Normaliser(_Renamer):
                     reduced = LogSumExp(reduced, limit[0])
                 return reduced
         return expression.func(*args)
+
+
+def _weighs(factor: Expr, idx: Idx) -> bool:
+    """Whether a factor is a softmax over the index, or a sum of products with one."""
+    if isinstance(factor, Sum):
+        return any(_weighs(part, idx) for part in Mul.make_args(factor.function))
+    return isinstance(factor, Softmax) and factor.index == idx
 
 
 def _order(idx: Idx) -> tuple[str, str]:
@@ -200,7 +230,7 @@ def _name(expression: Expr) -> Expr:
             names[idx] = bound_name(size, heights[idx])
 
     visit(expression)
-    return _sorted(expression.xreplace(names))
+    return _rebuilt(expression, names, {})
 
 
 def bound_indices(node: Basic) -> tuple[Idx, ...]:
@@ -223,22 +253,19 @@ def _binders_around(node: Basic, idx: Idx, size: Expr) -> set[Idx]:
     return found.union(*(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr)))
 
 
-def _sorted(expression: Expr) -> Expr:
-    """Order the limits of every sum by the names of their sizes."""
-    changes = {}
-    for node in expression.atoms(Sum):
-        if len(node.limits) > 1:
-            limits = sorted(node.limits, key=lambda limit: _order(limit[0]))
-            if tuple(limits) != tuple(node.limits):
-                changes[node] = limits
-    if not changes:
-        return expression
-    return _reorder(expression)
-
-
-def _reorder(node: Expr) -> Expr:
-    if not node.args or isinstance(node, Idx | Indexed | Tensor | Symbol):
-        return node
-    if isinstance(node, Sum):
-        return Sum(_reorder(node.function), *sorted(node.limits, key=lambda limit: _order(limit[0])))
-    return node.func(*map(_reorder, node.args))
+def _rebuilt(node: Basic, names: dict[Idx, Idx], memo: dict[Basic, Basic]) -> Basic:
+    """Replace indices, bound ones too, and order the limits of every sum by the names of their sizes."""
+    if node in memo:
+        return memo[node]
+    if isinstance(node, Idx):
+        found = names.get(node, node)
+    elif isinstance(node, Tensor | Symbol) or not node.args:
+        found = node
+    elif isinstance(node, Sum):
+        bound = [names.get(limit[0], limit[0]) for limit in node.limits]
+        found = total(_rebuilt(node.function, names, memo), sorted(bound, key=_order))
+    else:
+        args = [_rebuilt(arg, names, memo) for arg in node.args]
+        found = node if args == list(node.args) else node.func(*args)
+    memo[node] = found
+    return found

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
-from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, Sum, Symbol, sympify
+from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, Sum, Symbol, Tuple, sympify
 from sympy.core.function import Function
 
 
@@ -53,9 +53,7 @@ def dims(names: str) -> Dim | tuple[Dim, ...]:
     """
     found = tuple(Dim(name) for name in names.replace(",", " ").split())
     if not found:
-        raise ValueError(
-            '`dims` needs at least one name: got an empty string; type `cem.dims("dim heads")`'
-        )
+        raise ValueError('`dims` needs at least one name: got an empty string; type `cem.dims("dim heads")`')
     return found[0] if len(found) == 1 else found
 
 
@@ -141,9 +139,7 @@ def parameter(name: str, *shape: Expr) -> Parameter:
     (heads, dim)
     """
     if not shape:
-        raise ValueError(
-            f"parameter `{name}` has no sizes: got (); for a number type `cem.scalar({name!r})`"
-        )
+        raise ValueError(f"parameter `{name}` has no sizes: got (); for a number type `cem.scalar({name!r})`")
     if any(sympify(size).has(SEQ) for size in shape):
         raise ValueError(
             f"parameter `{name}` has an axis over tokens: got {shape}; what differs from token to token is the"
@@ -264,9 +260,7 @@ def logsumexp(expression: Expr, *indices: Idx) -> Expr:
     True
     """
     if not indices:
-        raise ValueError(
-            "`logsumexp` needs the index to sum over: got none; type `cem.logsumexp(score, s)`"
-        )
+        raise ValueError("`logsumexp` needs the index to sum over: got none; type `cem.logsumexp(score, s)`")
     for idx in indices:
         if not isinstance(idx, Idx):
             raise TypeError(
@@ -278,9 +272,24 @@ def logsumexp(expression: Expr, *indices: Idx) -> Expr:
 
 
 def total(body: Expr, indices: Iterable[Idx]) -> Expr:
-    """Sum of ``body`` over indices; the body itself where there are none."""
-    limits = [(idx, 0, idx.args[1][1]) for idx in indices]
-    return Sum(body, *limits) if limits else body
+    """Sum of ``body`` over indices, innermost first; the body itself where there are none.
+
+    It skips the checks of SymPy's constructor, which compare the limits symbolically and take most of the time
+    of a derivation.
+    """
+    limits = tuple(_limit(idx) for idx in indices)
+    if not limits or body.is_zero:
+        return body
+    if isinstance(body, Sum):
+        body, limits = body.function, (*body.limits, *limits)
+    found = Expr.__new__(Sum, body, *limits)
+    found.is_commutative = True
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _limit(idx: Idx) -> Tuple:
+    return Tuple(idx, Integer(0), idx.args[1][1])
 
 
 def join(indices: tuple[Idx, ...]) -> Expr:
@@ -306,9 +315,7 @@ def split(slot: Expr) -> tuple[Idx, ...]:
     for term in Add.make_args(slot.expand()):
         found = [f for f in Mul.make_args(term) if isinstance(f, Idx)]
         if len(found) != 1 or found[0] in weights:
-            raise ValueError(
-                f"index `{slot}` is not of the form `block*a + b`: type one index a named size"
-            )
+            raise ValueError(f"index `{slot}` is not of the form `block*a + b`: type one index a named size")
         weights[found[0]] = term / found[0]
     left = dict(weights)
     order: list[Idx] = []

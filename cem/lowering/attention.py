@@ -9,16 +9,17 @@ keys, the same tensor serves as both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from sympy import Add, Expr, Idx, Mul, Pow, Sum
 from torch import fx
 
-from ..language.canonical import free_indices
-from ..language.symbols import LogSumExp, Softmax, total
+from ..language.canonical import free_indices, rename
+from ..language.symbols import LogSumExp, Softmax, index, size_of, total
 from . import kernels
 from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
 
@@ -83,6 +84,24 @@ def _token_factors(terms: Sequence[Term]) -> list[Expr]:
     return [factor for term in terms for factor in term.token]
 
 
+@dataclass(frozen=True)
+class Feature:
+    """A product of context factors with feature axes: a key or a value of the kernel."""
+
+    factors: tuple[Expr, ...]
+    axes: tuple[Idx, ...]
+
+    @staticmethod
+    def of(factors: Sequence[Expr], axes: Iterable[Idx]) -> Feature:
+        return Feature(tuple(factors), tuple(sorted(axes, key=lambda idx: (str(size_of(idx)), str(idx)))))
+
+    @cached_property
+    def key(self) -> tuple[Expr, ...]:
+        """The factors without the names of the feature axes: equal for equal tensors."""
+        names = {idx: index(f"_{n}", size_of(idx)) for n, idx in enumerate(self.axes)}
+        return tuple(rename(factor, names) for factor in self.factors)
+
+
 @dataclass
 class Group:
     """Everything that one softmax over the context needs: its score and the values it averages."""
@@ -92,7 +111,7 @@ class Group:
     terms: list[Term]
     constant: list[Expr]
     heads: tuple[Idx, ...]
-    values: list[tuple[tuple[Expr, ...], tuple[Idx, ...]]] = field(default_factory=list)
+    values: dict[tuple[Expr, ...], Feature] = field(default_factory=dict)
     outputs: dict[tuple[Expr, ...], Value] = field(default_factory=dict)
     logsumexp: Value | None = None
     emitted: bool = False
@@ -112,9 +131,8 @@ class AttentionGroups:
             for node in sorted(expression.atoms(Sum), key=str):
                 found = self.match(Mul.make_args(node.function), frozenset(x[0] for x in node.limits))
                 if found is not None:
-                    group, value, features, _, _ = found
-                    if value not in [v for v, _ in group.values]:
-                        group.values.append((value, features))
+                    group, value, _, _ = found
+                    group.values.setdefault(value.key, value)
             if self.emitter.kernel_logsumexp:
                 for node in expression.atoms(LogSumExp):
                     if is_seq(node.index) and self.group(node.body, node.index) is not None:
@@ -132,7 +150,7 @@ class AttentionGroups:
         return self.groups[score, s]
 
     def match(self, factors: Sequence[Expr], over: frozenset[Idx]):
-        """(group, value factors, feature axes, outer factors, indices left to sum) of a weighted sum, or None."""
+        """(group, value, outer factors, indices left to sum) of a weighted sum, or None."""
         weights = [f for f in factors if isinstance(f, Softmax) and f.index in over and is_seq(f.index)]
         if len(weights) != 1:
             return None
@@ -146,16 +164,18 @@ class AttentionGroups:
         if any(map(is_seq, features)):
             return None
         outside = [f for f in rest if s not in free_indices(f)]
-        return group, value, tuple(sorted(features, key=str)), outside, over - {s}
+        return group, Feature.of(value, features), outside, over - {s}
 
     def attended(self, factors: Sequence[Expr], over: frozenset[Idx]):
         """The weighted sum as a value, with the factors and indices that remain outside it, or None."""
         found = self.match(factors, over)
         if found is None:
             return None
-        group, value, _, outside, left = found
+        group, value, outside, left = found
         self.emit(group)
-        return group.outputs[value], outside, left
+        out = group.outputs[value.key]
+        axes = out.axes[: len(out.axes) - len(value.axes)] + value.axes
+        return Value(out.node, axes), outside, left
 
     def logsumexp(self, expression: LogSumExp) -> Value | None:
         """The log-sum-exp of a score from the kernel, or None where the score is not bilinear."""
@@ -176,26 +196,22 @@ class AttentionGroups:
         group.emitted = True
         emitter, ops = self.emitter, self.emitter.ops
         scale, scales = self.common_scale(group)
-        queries, keys, names = [], [], []
-        for term, relative in zip(group.terms, scales, strict=True):
-            token = [Value(relative), *(emitter.lower(f) for f in term.token if emitter.constant(f) is None)]
-            queries.append((ops.contract(token, frozenset()), term.inner))
-            keys.append((ops.contract([emitter.lower(f) for f in term.context], frozenset()), term.inner))
-            names.append(term.context)
+        keys = [Feature.of(term.context, term.inner) for term in group.terms]
+        queries = []
+        for term, key, relative in zip(group.terms, keys, scales, strict=True):
+            token = [emitter.lower(f) for f in term.token if emitter.constant(f) is None]
+            queries.append((ops.contract([Value(relative), *token], frozenset()), key.axes))
         q = self.concatenate(queries, group.heads, TOKEN, "query")
-        k = self.concatenate(keys, group.heads, group.index, "key")
+        k = self.features(keys, group, "key")
+        width = sum(self.width(key.axes) for key in keys)
 
-        order = {name: n for n, name in enumerate(names)}
-        group.values.sort(key=lambda value: order.get(value[0], len(order)))
-        values = [(ops.contract(list(map(emitter.lower, v)), frozenset()), f) for v, f in group.values]
-        width = sum(self.width(inner) for _, inner in keys)
-        value_width = sum(self.width(features) for _, features in values)
-        if [(v, f) for v, f in group.values] == [
-            (t.context, tuple(sorted(t.inner, key=str))) for t in group.terms
-        ] or not values:
+        order = {key.key: n for n, key in enumerate(keys)}
+        values = sorted(group.values.values(), key=lambda v: order.get(v.key, len(order)))
+        value_width = sum(self.width(value.axes) for value in values)
+        if not values or [v.key for v in values] == [key.key for key in keys]:
             v, value_width = k, width
         else:
-            v = self.concatenate(values, group.heads, group.index, "value")
+            v = self.features(values, group, "value")
             # Fused kernels want keys and values of one width; zeros cost nothing but their own columns.
             if value_width < width:
                 v = ops.call(torch.nn.functional.pad, v, (0, width - value_width))
@@ -220,18 +236,24 @@ class AttentionGroups:
             )
         self.cut(group, out, values, max(width, value_width))
 
-    def cut(self, group: Group, out: fx.Node, values, width: int) -> None:
+    def cut(self, group: Group, out: fx.Node, values: Sequence[Feature], width: int) -> None:
         """Give every value its own slice of the kernel's output."""
         ops, start = self.emitter.ops, 0
-        for (key, features), _ in zip(group.values, values, strict=True):
-            count = self.width(features)
-            node = out
-            if count != width:
-                node = ops.call(torch.narrow, out, -1, start, count)
+        for value in values:
+            count = self.width(value.axes)
+            node = out if count == width else ops.call(torch.narrow, out, -1, start, count)
             start += count
-            node = ops.unflatten(node, 3, features)
+            node = ops.unflatten(node, 3, value.axes)
             node = ops.unflatten(node, 1, group.heads)
-            group.outputs[key] = Value(node, (BATCH, *group.heads, TOKEN, *features))
+            group.outputs[value.key] = Value(node, (BATCH, *group.heads, TOKEN, *value.axes))
+
+    def features(self, features: Sequence[Feature], group: Group, name: str) -> fx.Node:
+        """Context features side by side as (batch, heads, seq, width)."""
+        lowered = [
+            (self.emitter.ops.contract(list(map(self.emitter.lower, f.factors)), frozenset()), f.axes)
+            for f in features
+        ]
+        return self.concatenate(lowered, group.heads, group.index, name)
 
     def width(self, indices: Sequence[Idx]) -> int:
         result = 1
@@ -258,7 +280,6 @@ class AttentionGroups:
         ops = self.emitter.ops
         nodes = []
         for value, inner in parts:
-            inner = tuple(sorted(inner, key=str))
             axes = (BATCH, *heads, position, *inner)
             value = self.expand(value, axes)
             nodes.append(ops.grouped(value, [[BATCH], heads, [position], inner]))

@@ -143,10 +143,9 @@ class Emitter:
         if is_word(expression):
             word = word_of(expression.func)
             value = self.lower(expression.args[0])
-            node = value.node
             if value.is_number:
-                node = self.ops.call(torch.tensor, value.node)
-            return Value(self.ops.call(word.torch, node, name=word.name), value.axes)
+                return Value(float(word.torch(torch.tensor(value.node, dtype=torch.float64))))
+            return Value(self.ops.call(word.torch, value.node, name=word.name), value.axes)
         raise ValueError(f"`{type(expression).__name__}` has no torch meaning: got {expression}")
 
     def leaf(self, expression: Indexed) -> Value:
@@ -178,8 +177,9 @@ class Emitter:
         """The number of visible context tokens; at least 1, since it only ever divides or scales a sum over them."""
         idx = SEQ.index("s")
         mask = self.visible(idx)
-        node = self.ops.call("sum", mask.node, -1)
-        return Value(self.ops.call("clamp_min", node, 1, name="visible_count"), mask.axes[:-1])
+        node = self.ops.call("clamp_min", self.ops.call("sum", mask.node, -1), 1)
+        node = self.ops.call("type_as", node, self.input("h"), name="visible_count")
+        return Value(node, mask.axes[:-1])
 
     def add(self, expression: Expr) -> Value:
         total = None

@@ -6,6 +6,7 @@ import linecache
 import operator
 from collections.abc import Callable
 from itertools import count
+from types import SimpleNamespace
 
 import torch
 from torch import fx
@@ -21,12 +22,9 @@ NAMES: dict[Callable, str] = {
     torch.nn.functional.scaled_dot_product_attention: "F.scaled_dot_product_attention",
     getattr: "getattr",
 }
-for _word in WORDS:
-    _own = getattr(_word.torch, "__module__", "") or ""
-    if _own.startswith("cem"):
-        NAMES[_word.torch] = _word.name
-GLOBALS = {"torch": torch, "F": F, "kernels": kernels}
-GLOBALS.update({_word.name: _word.torch for _word in WORDS if _word.torch in NAMES})
+_OWN = {word.name: word.torch for word in WORDS if word.torch.__module__.startswith("cem")}
+NAMES.update({function: f"words.{name}" for name, function in _OWN.items()})
+GLOBALS = {"torch": torch, "F": F, "kernels": kernels, "words": SimpleNamespace(**_OWN)}
 
 _serial = count()
 
@@ -51,8 +49,11 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
     """The source of a function ``name(*arguments)`` that computes the graph's outputs."""
     text: dict[fx.Node, str] = {}
     compound: set[fx.Node] = set()
+    # A parameter may be called F; inside the function it then becomes F_.
+    own = {name: f"{name}_" if name in GLOBALS else name for name in arguments}
+    arguments = list(own.values())
     used = {*arguments, *GLOBALS}
-    lines = []
+    lines: list[str] = []
 
     def spell(value) -> str:
         if isinstance(value, fx.Node):
@@ -76,10 +77,10 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
 
     for node in graph.nodes:
         if node.op == "placeholder":
-            text[node] = node.target
+            text[node] = own[node.target]
             continue
         if node.op == "output":
-            lines.append(f"    return {spell(node.args[0])}")
+            lines += wrapped(f"return {spell(node.args[0])}")
             continue
         args = [spell(a) for a in node.args] + [f"{k}={spell(v)}" for k, v in node.kwargs.items()]
         if node.op == "call_method":
@@ -97,9 +98,38 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
                 compound.add(node)
         else:
             variable = unique(_label(node))
-            lines.append(f"    {variable} = {text[node]}")
+            lines += wrapped(f"{variable} = {text[node]}")
             text[node] = variable
     return "\n".join([f"def {name}({', '.join(arguments)}):", *lines])
+
+
+def wrapped(statement: str, width: int = 96) -> list[str]:
+    """A statement indented by four blanks, broken inside its widest call where it is too long."""
+    if len(statement) <= width:
+        return [f"    {statement}"]
+    depth, opened, best = 0, [], (0, 0, 0)
+    for place, letter in enumerate(statement):
+        if letter in "([":
+            opened.append(place)
+        elif letter in ")]":
+            start = opened.pop()
+            best = max(best, (place - start, start, place))
+    _, start, stop = best
+    inside, pieces = statement[start + 1 : stop], [""]
+    for letter in inside:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    lines, line = [f"    {statement[: start + 1]}"], "       "
+    for piece in pieces:
+        if len(line) + len(piece) + 2 > width:
+            lines.append(line)
+            line = "       "
+        line += f" {piece.strip()},"
+    tail = statement[stop:]
+    return [*lines, line, f"    {tail}"]
 
 
 def _candidates(label: str):

@@ -11,7 +11,7 @@ from sympy import Idx
 from torch import fx
 from torch.nn import functional as F
 
-from .values import BATCH, TOKEN, TYPICAL, TYPICAL_SEQ, Value, is_seq, rank_of_axis
+from .values import TYPICAL, TYPICAL_SEQ, Value, is_seq, rank_of_axis
 
 
 class Ops:
@@ -44,12 +44,12 @@ class Ops:
             node = self.call("permute", value.node, *order)
         return Value(node, axes)
 
-    def flatten(self, node: fx.Node, start: int, count: int, rank: int) -> fx.Node:
+    def flatten(self, node: fx.Node, start: int, count: int) -> fx.Node:
         """Merge ``count`` neighbouring axes into one; an empty group becomes an axis of size 1."""
         if count == 1:
             return node
         if count == 0:
-            return self.call("unsqueeze", node, start - rank - 1 if start else 0)
+            return self.call("unsqueeze", node, start)
         return self.call("flatten", node, start, start + count - 1)
 
     def unflatten(self, node: fx.Node, axis: int, group: Sequence[Idx]) -> fx.Node:
@@ -63,12 +63,8 @@ class Ops:
     def grouped(self, value: Value, groups: Sequence[Sequence[Idx]]) -> fx.Node:
         """A node with one axis per group of axes, in the order of the groups."""
         node = self.permute(value, [axis for group in groups for axis in group]).node
-        position = 0
-        rank = len(value.axes)
-        for group in groups:
-            node = self.flatten(node, position, len(group), rank)
-            rank += 1 - len(group)
-            position += 1
+        for position, group in enumerate(groups):
+            node = self.flatten(node, position, len(group))
         return node
 
     def spread(self, value: Value, axes: Sequence[Idx]) -> fx.Node:
@@ -212,5 +208,3 @@ class Ops:
         out = axes if keep else axes[:position] + axes[position + 1 :]
         return Value(self.call(target, node, mask, position), out)
 
-
-__all__ = ["BATCH", "TOKEN", "Ops"]
