@@ -12,7 +12,7 @@ from functools import lru_cache
 from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, log
 
 from ..language.canonical import canonical, free_indices, rename
-from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, split, total
+from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, spelling, split, total
 from ..language.words import word_of
 
 
@@ -52,7 +52,7 @@ def gradient(energy: Expr, width: Expr) -> Expr:
         for child, pushed in _pull_back(node, adjoint):
             if depends_on_state(child):
                 missing = free_indices(pushed) - free_indices(child)
-                pushed = total(pushed, sorted(missing, key=str))
+                pushed = total(pushed, sorted(missing, key=spelling))
                 adjoints[child] = adjoints.get(child, Integer(0)) + pushed
     return canonical(Add(*leaves))
 

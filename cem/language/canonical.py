@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Mul, Sum, Symbol, exp, log
 
-from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
+from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, spelling, split, total
 
 Indices = frozenset[Idx]
 
@@ -89,7 +89,7 @@ class _Renamer:
 
     @staticmethod
     def fresh(idx: Idx, names: dict[Idx, Expr]) -> tuple[Idx, dict[Idx, Expr]]:
-        own = Idx(Dummy(str(idx.label), integer=True), size_of(idx))
+        own = Idx(Dummy(idx.label.name, integer=True), size_of(idx))
         return own, {**names, idx: own}
 
     def build(self, expression: Expr, names: dict[Idx, Expr]) -> Expr:
@@ -196,10 +196,6 @@ def _weighs(factor: Expr, idx: Idx) -> bool:
     return isinstance(factor, Softmax) and factor.index == idx
 
 
-def _order(idx: Idx) -> tuple[str, str]:
-    return (str(size_of(idx)), str(idx.label))
-
-
 def canonical(expression: Expr) -> Expr:
     """The normal form of an expression: canonical bound names, factors out of sums, log-sum-exp as one word."""
     return _name(_Normaliser().visit(expression, {}))
@@ -263,7 +259,7 @@ def _rebuilt(node: Basic, names: dict[Idx, Idx], memo: dict[Basic, Basic]) -> Ba
         found = node
     elif isinstance(node, Sum):
         bound = [names.get(limit[0], limit[0]) for limit in node.limits]
-        found = total(_rebuilt(node.function, names, memo), sorted(bound, key=_order))
+        found = total(_rebuilt(node.function, names, memo), sorted(bound, key=spelling))
     else:
         args = [_rebuilt(arg, names, memo) for arg in node.args]
         found = node if args == list(node.args) else node.func(*args)

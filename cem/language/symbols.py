@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
-from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, Sum, Symbol, Tuple, sympify
+from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, S, Sum, Symbol, Tuple, sympify
 from sympy.core.function import Function
 
 
@@ -66,6 +66,12 @@ def index(name: str, size: Expr) -> Idx:
 def size_of(idx: Idx) -> Expr:
     """The named size, or product of named sizes, that an index runs over."""
     return idx.args[1][1] + 1
+
+
+@lru_cache(maxsize=4096)
+def spelling(idx: Idx) -> tuple[str, str]:
+    """A key to sort indices by: the name of the size, then of the index."""
+    return str(size_of(idx)), idx.label.name
 
 
 class Tensor(IndexedBase):
@@ -278,7 +284,7 @@ def total(body: Expr, indices: Iterable[Idx]) -> Expr:
     of a derivation.
     """
     limits = tuple(_limit(idx) for idx in indices)
-    if not limits or body.is_zero:
+    if not limits or body is S.Zero:
         return body
     if isinstance(body, Sum):
         body, limits = body.function, (*body.limits, *limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from sympy import Expr, Symbol
 from torch import Tensor, fx
@@ -168,19 +168,25 @@ def lower(
     names: tuple[str, ...],
     *,
     kind: str = "auto",
-    fixed: Sequence[str] = (),
+    fixed: tuple[str, ...] = (),
 ) -> Lowering:
     """Choose how a layer computes dE/dh.
 
-    ``names`` are the parameters and learned scalars in the order in which the functions take them. ``"fused"``
-    raises ``LoweringError`` where only autograd is possible, ``"autograd"`` forces the reference, ``"auto"`` is
-    fused where it can be.
+    ``names`` are the parameters and learned scalars in the order in which the functions take them, ``fixed`` the
+    inputs that stay the same from step to step. ``"fused"`` raises ``LoweringError`` where only autograd is
+    possible, ``"autograd"`` forces the reference, ``"auto"`` is fused where it can be. Equal layers share one
+    lowering.
     """
-    plan = _Plan(energy, sizes, scalars, names)
     if kind not in ("auto", "fused", "autograd"):
         raise ValueError(
             f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
         )
+    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed)
+
+
+@lru_cache(maxsize=256)
+def _lower(energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple) -> Lowering:
+    plan = _Plan(energy, dict(sizes), dict(scalars), names)
     if energy.expression is None:
         if kind == "fused":
             raise LoweringError(

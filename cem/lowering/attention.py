@@ -9,17 +9,17 @@ keys, the same tensor serves as both.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from sympy import Add, Expr, Idx, Mul, Pow, Sum
+from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
 from torch import fx
 
 from ..language.canonical import free_indices, rename
-from ..language.symbols import LogSumExp, Softmax, index, size_of, total
+from ..language.symbols import LogSumExp, Softmax, index, size_of, spelling, total
 from . import kernels
 from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
 
@@ -84,6 +84,18 @@ def _token_factors(terms: Sequence[Term]) -> list[Expr]:
     return [factor for term in terms for factor in term.token]
 
 
+def _nodes(expression: Expr) -> Iterator[Expr]:
+    """Every sub-expression once, in a fixed order."""
+    seen: set[Expr] = set()
+    stack = [expression]
+    while stack:
+        node = stack.pop()
+        if node not in seen and not isinstance(node, Indexed):
+            seen.add(node)
+            yield node
+            stack.extend(arg for arg in reversed(node.args) if isinstance(arg, Expr))
+
+
 @dataclass(frozen=True)
 class Feature:
     """A product of context factors with feature axes: a key or a value of the kernel."""
@@ -93,7 +105,7 @@ class Feature:
 
     @staticmethod
     def of(factors: Sequence[Expr], axes: Iterable[Idx]) -> Feature:
-        return Feature(tuple(factors), tuple(sorted(axes, key=lambda idx: (str(size_of(idx)), str(idx)))))
+        return Feature(tuple(factors), tuple(sorted(axes, key=spelling)))
 
     @cached_property
     def key(self) -> tuple[Expr, ...]:
@@ -128,22 +140,23 @@ class AttentionGroups:
     def collect(self, expressions: Sequence[Expr]) -> None:
         """Register every weighted sum and every log-sum-exp before anything is emitted."""
         for expression in expressions:
-            for node in sorted(expression.atoms(Sum), key=str):
+            for node in _nodes(expression):
+                if self.emitter.kernel_logsumexp and isinstance(node, LogSumExp) and is_seq(node.index):
+                    if self.group(node.body, node.index) is not None:
+                        self.wanted.add((node.body, node.index))
+                if not isinstance(node, Sum):
+                    continue
                 found = self.match(Mul.make_args(node.function), frozenset(x[0] for x in node.limits))
                 if found is not None:
                     group, value, _, _ = found
                     group.values.setdefault(value.key, value)
-            if self.emitter.kernel_logsumexp:
-                for node in expression.atoms(LogSumExp):
-                    if is_seq(node.index) and self.group(node.body, node.index) is not None:
-                        self.wanted.add((node.body, node.index))
 
     def group(self, score: Expr, s: Idx) -> Group | None:
         if (score, s) not in self.groups:
             found = bilinear(score, s) if moves_with_token(score) else None
             group = None
             if found is not None and any(map(moves_with_token, _token_factors(found[0]))):
-                heads = tuple(sorted(free_indices(score) - {s}, key=str))
+                heads = tuple(sorted(free_indices(score) - {s}, key=spelling))
                 if not any(map(is_seq, heads)):
                     group = Group(score, s, *found, heads)
             self.groups[score, s] = group

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol, sympify
+from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
 from ..language.canonical import free_indices
@@ -23,6 +24,7 @@ from ..language.symbols import (
     State,
     is_word,
     size_of,
+    spelling,
     split,
 )
 from ..language.words import word_of
@@ -68,8 +70,8 @@ class Emitter:
         fuse: bool = True,
     ) -> None:
         self.graph = fx.Graph()
-        self.constants = {name: sympify(value) for name, value in {**sizes, **scalars}.items()}
-        self.sizes = {name: sympify(value) for name, value in sizes.items()}
+        self.constants: dict[Symbol, float | int] = {**sizes, **scalars}
+        self.numbers: dict[Expr, float | int | None] = {}
         self.batched = batched
         self.kernel_logsumexp = kernel_logsumexp
         self.ops = Ops(self.graph, self.size)
@@ -83,16 +85,32 @@ class Emitter:
     # -- inputs and constants -------------------------------------------------------------------------------
 
     def size(self, idx: Idx) -> int:
-        return int(size_of(idx).xreplace(self.sizes))
+        return int(self.constant(size_of(idx)))
 
     def constant(self, expression: Expr) -> float | int | None:
         """The number an expression stands for once sizes and fixed scalars are known, else None."""
-        if expression.has(Indexed, LogSumExp, Softmax, Sum) or expression.has(SEQ):
+        if expression not in self.numbers:
+            self.numbers[expression] = self.work_out(expression)
+        return self.numbers[expression]
+
+    def work_out(self, expression: Expr) -> float | int | None:
+        if expression.is_Number or expression.is_NumberSymbol:
+            return int(expression) if expression.is_Integer else float(expression)
+        if isinstance(expression, Symbol):
+            return self.constants.get(expression)
+        if not isinstance(expression, Add | Mul | Pow) and not is_word(expression):
             return None
-        value = expression.xreplace(self.constants)
-        if not value.is_number:
+        numbers = [self.constant(arg) for arg in expression.args]
+        if None in numbers:
             return None
-        return int(value) if value.is_Integer else float(value)
+        match expression:
+            case Add():
+                return sum(numbers)
+            case Mul():
+                return math.prod(numbers)
+            case Pow():
+                return numbers[0] ** numbers[1]
+        return float(word_of(expression.func).torch(torch.tensor(numbers[0], dtype=torch.float64)))
 
     def input(self, name: str) -> fx.Node:
         if name not in self.inputs:
@@ -143,8 +161,6 @@ class Emitter:
         if is_word(expression):
             word = word_of(expression.func)
             value = self.lower(expression.args[0])
-            if value.is_number:
-                return Value(float(word.torch(torch.tensor(value.node, dtype=torch.float64))))
             return Value(self.ops.call(word.torch, value.node, name=word.name), value.axes)
         raise ValueError(f"`{type(expression).__name__}` has no torch meaning: got {expression}")
 
@@ -298,7 +314,7 @@ class Emitter:
         if self.groups is not None:
             self.groups.collect(expressions)
         self.input("h")
-        nodes = [self.output(e, tuple(sorted(free_indices(e), key=str))) for e in expressions]
+        nodes = [self.output(e, tuple(sorted(free_indices(e), key=spelling))) for e in expressions]
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
         self.graph.eliminate_dead_code()
         inputs = self.order_inputs()
