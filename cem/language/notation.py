@@ -218,6 +218,8 @@ class _Notation:
                 return self.index(node)
             case Indexed():
                 return self.entry(str(node.base.label), node.indices)
+            case symbols.Tensor():
+                return self.entry(str(node.label), ())
             case symbols.Dim() if node == SEQ:
                 return "|V|"
             case Symbol():
