@@ -19,7 +19,7 @@ from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
 from torch import fx
 
 from ..language.canonical import free_indices, rename
-from ..language.symbols import LogSumExp, Softmax, index, size_of, spelling, total
+from ..language.symbols import LogSumExp, Parameter, Softmax, index, size_of, spelling, total
 from . import kernels
 from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
 
@@ -96,6 +96,12 @@ def _nodes(expression: Expr) -> Iterator[Expr]:
             stack.extend(arg for arg in reversed(node.args) if isinstance(arg, Expr))
 
 
+def _leaves(expression: Expr) -> list[Indexed]:
+    if isinstance(expression, Indexed):
+        return [expression]
+    return [leaf for arg in expression.args if isinstance(arg, Expr) for leaf in _leaves(arg)]
+
+
 @dataclass(frozen=True)
 class Feature:
     """A product of context factors with feature axes: a key or a value of the kernel."""
@@ -106,6 +112,13 @@ class Feature:
     @staticmethod
     def of(factors: Sequence[Expr], axes: Iterable[Idx]) -> Feature:
         return Feature(tuple(factors), tuple(sorted(axes, key=spelling)))
+
+    @property
+    def label(self) -> str:
+        """What the feature is called in a program: the parameter that makes it, or the context itself."""
+        bases = [leaf.base for factor in self.factors for leaf in _leaves(factor)]
+        named = [base for base in bases if isinstance(base, Parameter)] or bases
+        return str(named[0].name).lower() if named else "weight"
 
     @cached_property
     def key(self) -> tuple[Expr, ...]:
@@ -254,7 +267,9 @@ class AttentionGroups:
         ops, start = self.emitter.ops, 0
         for value in values:
             count = self.width(value.axes)
-            node = out if count == width else ops.call(torch.narrow, out, -1, start, count)
+            node = out
+            if count != width:
+                node = ops.call(torch.narrow, out, -1, start, count, name=f"attended_{value.label}")
             start += count
             node = ops.unflatten(node, 3, value.axes)
             node = ops.unflatten(node, 1, group.heads)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from ..language.words import WORDS
 from . import kernels
+from .ops import VIEWS, shown
 
 INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*"}
-VIEWS = {"flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
 NAMES: dict[Callable, str] = {
     torch.functional.einsum: "torch.einsum",
     torch.nn.functional.scaled_dot_product_attention: "F.scaled_dot_product_attention",
@@ -142,13 +142,6 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in VIEWS
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The node that a chain of views shows."""
-    while _is_view(node):
-        node = node.args[0]
-    return node
-
-
 def _inlined(node: fx.Node) -> bool:
     """Whether a node is printed inside its only use."""
     if len(node.users) != 1:
@@ -158,7 +151,7 @@ def _inlined(node: fx.Node) -> bool:
         return False
     chained = _is_view(user) and user.args[0] is node
     alone = user.op == "output" and user.args[0] is node
-    return chained or alone or (_is_view(node) and _root(node).op == "placeholder")
+    return chained or alone or (_is_view(node) and shown(node).op == "placeholder")
 
 
 def _arguments(node: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,25 @@ from torch.nn import functional as F
 
 from .values import TYPICAL, TYPICAL_SEQ, Value, is_seq, rank_of_axis
 
+VIEWS = {"flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
+"""Tensor methods that show the same numbers in another layout."""
+
+
+def product_name(left: Value, right: Value) -> str | None:
+    """A product is called as its factors, ``u_silu``, while that stays short."""
+    if left.is_number or right.is_number:
+        return None
+    parts = [shown(value.node).name.lower() for value in (left, right)]
+    name = "_".join(parts)
+    return name if len(name) <= 12 else None
+
+
+def shown(node: fx.Node) -> fx.Node:
+    """The node that a chain of views shows."""
+    while node.op == "call_method" and node.target in VIEWS:
+        node = node.args[0]
+    return node
+
 
 class Ops:
     """Appends torch operations on named axes to a graph."""
@@ -94,11 +113,11 @@ class Ops:
 
     # -- element-wise ---------------------------------------------------------------------------------------
 
-    def binary(self, target, left: Value, right: Value) -> Value:
+    def binary(self, target, left: Value, right: Value, name: str | None = None) -> Value:
         if left.is_number and right.is_number:
             return Value(target(left.node, right.node))
         (a, b), axes = self.align(left, right)
-        return Value(self.call(target, a, b), axes)
+        return Value(self.call(target, a, b, name=name), axes)
 
     def multiply(self, left: Value, right: Value) -> Value:
         for one, other in ((left, right), (right, left)):
@@ -106,7 +125,7 @@ class Ops:
                 return other
             if one.is_number and one.node == -1 and not other.is_number:
                 return Value(self.call(torch.neg, other.node), other.axes)
-        return self.binary(operator.mul, left, right)
+        return self.binary(operator.mul, left, right, product_name(left, right))
 
     # -- contraction ----------------------------------------------------------------------------------------
 
