@@ -212,7 +212,7 @@ SAME = {
         lambda h: torch.linalg.vector_norm(h, ord=2),
         lambda h: h.norm(dim=0, keepdim=True).squeeze(0),
         lambda h: h.square().sum().sqrt(),
-        lambda h: math.sqrt(h @ h),
+        lambda h: torch.sqrt(h @ h),
     ),
     "one_norm": (
         Sum(sympy.Abs(h[i]), i),
@@ -883,6 +883,10 @@ UNTRANSLATABLE = {
     "loop": (loops, "a loop over the axis of a tensor .* `einsum`"),
     "range": (ranges, "TypeError, .*no Python numbers made of them"),
     "float": (lambda h: h.sum() * float(h.shape[0]), "TypeError, .*no Python numbers made of them"),
+    "math": (
+        lambda h: math.sqrt(h @ h),
+        "`math.sqrt` makes a number of a tensor: type `torch.sqrt`",
+    ),
     "in place": (in_place, "`exp_` writes into a tensor: type `exp`"),
     "assignment": (writes, "TypeError, .*item assignment"),
     "out": (

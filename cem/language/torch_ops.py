@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from sympy import Indexed
+
 from . import torch_pointwise as pointwise
 from . import torch_products as products
 from . import torch_reductions as reductions
 from . import torch_shapes as shapes
 from . import words
-from .torch_tensor import Untranslatable, elementwise
+from .torch_tensor import Untranslatable, elementwise, lift
 
 ALIASES = {
     "subtract": "sub",
@@ -189,6 +191,8 @@ def call(target: str | Callable, arguments: tuple, options: dict):
         raise Untranslatable(
             f"`{spelled}` is not a function of torch: write it with torch operations"
         )
+    if getattr(target, "__module__", "") == "math" and lift(arguments[0]).expression.has(Indexed):
+        raise Untranslatable(f"`math.{spelled}` makes a number of a tensor: type `torch.{spelled}`")
     name = spelled.strip("_") if spelled.endswith("__") else spelled.removeprefix("special_")
     if name.endswith("_"):
         raise Untranslatable(
