@@ -1,0 +1,91 @@
+"""What is compared: each derived layer with its hand-written twin on the same parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import cem
+from cem.energies import diagonal_plus_low_rank, gated, interaction
+
+from .handwritten import DiagonalAttention, TiedAttention, TiedGatedMLP
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Case:
+    """A derived layer and how to write the same by hand."""
+
+    name: str
+    twin: str
+    derive: Callable[..., cem.EnergyLayer]
+    write: Callable[[cem.EnergyLayer], nn.Module]
+
+
+def interaction_layer(settings: Settings, **options) -> cem.EnergyLayer:
+    sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+    return cem.derive(interaction, **sizes, **options)
+
+
+def gated_layer(settings: Settings, **options) -> cem.EnergyLayer:
+    return cem.derive(gated, dim=settings.dim, hidden=settings.hidden, **options)
+
+
+def diagonal_layer(settings: Settings, **options) -> cem.EnergyLayer:
+    sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+    layer = cem.derive(diagonal_plus_low_rank, **sizes, **options)
+    with torch.no_grad():
+        layer.lam.normal_(std=0.5)  # a diagonal starts at zero, which would hide a wrong one
+    return layer
+
+
+CASES = (
+    Case(
+        "interaction",
+        "tied attention",
+        interaction_layer,
+        lambda layer: TiedAttention(layer.Q, layer.K, layer.scalars["beta"]),
+    ),
+    Case(
+        "diagonal plus low rank",
+        "attention on concatenated features",
+        diagonal_layer,
+        lambda layer: DiagonalAttention(layer.Q, layer.K, layer.lam, layer.scalars["beta"]),
+    ),
+    Case(
+        "gated",
+        "tied gated MLP",
+        gated_layer,
+        lambda layer: TiedGatedMLP(layer.U, layer.G),
+    ),
+)
+
+
+def backward(module: nn.Module, h: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of ``(module(h) * weights).sum()`` for h and every parameter, in that order."""
+    return torch.autograd.grad(module(h), [h, *module.parameters()], weights)
+
+
+def largest_difference(case: Case, settings: Settings) -> float:
+    """Largest difference, in float64, of the output and of every gradient of the two sides.
+
+    The difference of each tensor is relative to its largest entry.
+    """
+    layer = case.derive(settings).to(settings.device, torch.float64)
+    written = case.write(copy.deepcopy(layer))
+    names = [name for name, _ in layer.named_parameters()]
+    twins = dict(written.named_parameters())
+    if set(names) != set(twins):
+        raise ValueError(f"`{case.name}` and its twin differ in parameters: {names}, {list(twins)}")
+    shape = (2, 33, settings.dim)
+    h, weights = (torch.randn(shape, device=settings.device, dtype=torch.float64) for _ in range(2))
+    h.requires_grad_()
+    one, other = layer(h), written(h)
+    ours = [one, *torch.autograd.grad(one, [h, *layer.parameters()], weights)]
+    theirs = [other, *torch.autograd.grad(other, [h, *(twins[n] for n in names)], weights)]
+    pairs = zip(ours, theirs, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -1,0 +1,68 @@
+"""The layers that a person would write: ordinary modules, against which the derived ones are timed.
+
+They take the parameters of a derived layer and share them. Nothing here knows about energies.
+
+Legend: B batch, T tokens, D dim, H heads, R rank (head dim), M hidden, N = D / H block.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TiedAttention(nn.Module):
+    """Causal multi-head attention with the values tied to the keys and the output to the queries.
+
+    Q and K: (H, R, D). Returns h plus the attended values, (B, T, D).
+    """
+
+    def __init__(self, Q: nn.Parameter, K: nn.Parameter, beta: float) -> None:
+        super().__init__()
+        self.Q, self.K, self.beta = Q, K, beta
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, D = h.shape
+        H, R, _ = self.Q.shape
+        q = F.linear(h, self.Q.view(H * R, D)).view(B, T, H, R).transpose(1, 2)  # (B, H, T, R)
+        k = F.linear(h, self.K.view(H * R, D)).view(B, T, H, R).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=self.beta)
+        mixed = mixed.transpose(1, 2).reshape(B, T, H * R)
+        return h + mixed @ self.Q.view(H * R, D)
+
+
+class DiagonalAttention(nn.Module):
+    """Tied attention whose heads also compare one block of the state directly.
+
+    The score of head a is ``beta * (sum_n lam_an h_an x_an + q_a . k_a)``: query and key are
+    features side by side, and one attention call over them gives both parts. Q and K: (H, R, D);
+    lam: (H, N).
+    """
+
+    def __init__(self, Q: nn.Parameter, K: nn.Parameter, lam: nn.Parameter, beta: float) -> None:
+        super().__init__()
+        self.Q, self.K, self.lam, self.beta = Q, K, lam, beta
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, D = h.shape
+        H, R, _ = self.Q.shape
+        blocks = h.view(B, T, H, D // H)  # (B, T, H, N)
+        q = F.linear(h, self.Q.view(H * R, D)).view(B, T, H, R)
+        k = F.linear(h, self.K.view(H * R, D)).view(B, T, H, R)
+        query = torch.cat([self.lam * blocks, q], dim=-1).transpose(1, 2)  # (B, H, T, N + R)
+        key = torch.cat([blocks, k], dim=-1).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(query, key, key, is_causal=True, scale=self.beta)
+        direct, low = mixed.transpose(1, 2).split([D // H, R], dim=-1)  # (B, T, H, N or R)
+        diagonal = (self.lam * direct).reshape(B, T, D)
+        return h + diagonal + low.reshape(B, T, H * R) @ self.Q.view(H * R, D)
+
+
+class TiedGatedMLP(nn.Module):
+    """Gated MLP with one matrix for up and down. U and G: (M, D)."""
+
+    def __init__(self, U: nn.Parameter, G: nn.Parameter) -> None:
+        super().__init__()
+        self.U, self.G = U, G
+
+    def forward(self, h: Tensor) -> Tensor:
+        hidden = F.silu(F.linear(h, self.G)) * F.linear(h, self.U)  # (B, T, M)
+        return h + hidden @ self.U

@@ -1,0 +1,115 @@
+"""The benchmarks compute what they claim to time, and a run holds together on tiny sizes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import cold, layers, memory, report
+from benchmarks.cases import CASES, largest_difference
+from benchmarks.settings import Settings
+from benchmarks.timing import Pair, interleave
+
+QUICK = replace(Settings().quick(), rounds=2, least_rounds=2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("beta", [None, 0.7])
+def test_hand_written_layers_equal_the_derived_ones(case, beta, device):
+    """float64: the output, the gradient of the input and of every parameter."""
+    settings = replace(Settings().quick(), device=str(device))
+    if beta is not None and case.name != "gated":
+        case = replace(case, derive=lambda asked, derive=case.derive: derive(asked, beta=beta))
+    assert largest_difference(case, settings) < 1e-12
+
+
+def test_a_wrong_twin_is_found():
+    case = CASES[0]
+    other = replace(case, write=lambda layer: type(case.write(layer))(layer.Q, layer.K, beta=0.3))
+    assert largest_difference(other, Settings().quick()) > 1e-3
+
+
+def test_a_run_in_process(tmp_path, capsys):
+    settings = replace(QUICK, sections=("speed", "autograd", "trace"))
+    run = layers.run(settings, command="python -m benchmarks.layers --quick")
+    path = tmp_path / "run.json"
+    report.save(run, path)
+    rows = report.rows_of(json.loads(path.read_text("utf-8")))
+    assert len(rows) == 2 * len(CASES) + 2 + 2 + 4
+    assert all(row.value > 0 and row.met is None for row in rows)
+    assert len(capsys.readouterr().err.splitlines()) == len(rows)
+    table = report.text(rows)
+    assert table.count("interaction / tied attention") == 2
+    lengths = {line.index("bar") for line in table.splitlines() if line.startswith("what")}
+    assert len(lengths) == 1
+
+
+def test_the_tables_go_into_the_readme(tmp_path):
+    row = report.Row("Speed", "one / other", 1.04, most=1.05, spread="1.0 to 1.1, n=3")
+    missed = replace(row, what="late", value=51.23, unit="ms", most=50.0)
+    run = report.as_dict([row, missed], QUICK, "python -m benchmarks.layers")
+    report.save(run, tmp_path / "cpu.json")
+    report.save(run, tmp_path / "cpu.md")
+    target = tmp_path / "README.md"
+    target.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", "utf-8")
+    for _ in range(2):
+        assert report.readme(tmp_path, target) == 1
+    text = target.read_text("utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| one / other | 1.040x | <= 1.05x | met |" in text
+    assert "| late | 51.2 ms | <= 50 ms | missed |" in text
+    assert (tmp_path / "cpu.md").read_text("utf-8") in text
+
+
+def test_ratios_of_a_pair():
+    pair = Pair((1.0, 4.0, 2.0), (1.0, 2.0, 4.0), (1.0, 3.0, 1.0), (1.0, 1.0, 1.0))
+    assert pair.ratios == (1.0, 2.0, 0.5)
+    assert pair.median_ratio == 1.0 and pair.ratio_of_medians == 1.0 and pair.cpu_ratio == 1.0
+    assert pair.quartiles == (0.75, 1.5)
+
+
+def test_rounds_alternate():
+    called = []
+    settings = replace(QUICK, rounds=4, least_rounds=4)
+    pair = interleave(lambda: called.append("A"), lambda: called.append("B"), settings)
+    assert "".join(called[-8:]) == "ABBAABBA"
+    assert len(pair.first) == len(pair.second) == 4
+
+
+def test_peak_memory_counts_what_a_pass_allocates(device):
+    """Scores alone, 2 x 2 x 512 x 512 floats, are 4 MiB that the closed form never holds."""
+    settings = replace(QUICK, device=str(device))
+    fused, autograd = (memory.peak_bytes(kind, 512, settings) for kind in ("fused", "autograd"))
+    assert autograd > fused + 4 * 2**20
+
+
+def test_exponent():
+    assert memory.exponent({16: 3.0 * 16**2, 32: 3.0 * 32**2, 64: 3.0 * 64**2}) == pytest.approx(2)
+
+
+def test_cold_measurements_have_sizes_for_every_energy():
+    import cem
+
+    names = cold.gallery()
+    assert "interaction" in names and len(set(names)) == len(names)
+    for name in names:
+        energy = getattr(cem.energies, name)
+        cem.derive(energy, **cold.sizes_of(energy, QUICK))
+
+
+@pytest.mark.slow
+def test_every_section_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(cold, "gallery", lambda: ["interaction"])
+    out = [str(tmp_path / "run.json"), str(tmp_path / "run.md")]
+    run = layers.main(["--quick", "--seconds", "0.1", "--out", *out])
+    found = {row["section"] for row in run["rows"]}
+    assert len(found) == 5
+    assert run["settings"]["sections"] == ("speed", "autograd", "memory", "trace", "cold")
+    assert (tmp_path / "run.md").read_text("utf-8").count("**") == 10
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    layers.run(replace(QUICK, sections=(), threads=2))
+    assert torch.get_num_threads() == before
