@@ -52,7 +52,7 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
     # A parameter may be called F; inside the function it then becomes F_.
     own = {name: f"{name}_" if name in GLOBALS else name for name in arguments}
     arguments = list(own.values())
-    used = {*arguments, *GLOBALS}
+    used = {*arguments, *GLOBALS, "getattr"}
     lines: list[str] = []
 
     def spell(value) -> str:
