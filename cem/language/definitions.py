@@ -100,9 +100,12 @@ class Naming:
     def __init__(self, roots: Iterable[Expr] = ()) -> None:
         self.found: dict[Expr, Definition] = {}
         self.taken = {"E"}
+        self.moving: set[str] = set()
         for root in roots:
-            for leaf in root.atoms(Symbol):
-                self.taken.add(leaf.name)
+            self.taken |= {leaf.name for leaf in root.atoms(Symbol)}
+            # A frozen feature leaves the plain letter to one that moves.
+            features = [node for node in root.atoms(Sum) if _feature(node) in ("state", "context")]
+            self.moving |= set(map(_letter_of, features))
 
     @property
     def definitions(self) -> list[Definition]:
@@ -150,7 +153,9 @@ class Naming:
         return Indexed(self.found[form].tensor, *order)
 
     def _free_name(self, letter: str, stage: str) -> str:
-        wanted = [letter, f"{letter}bar"] if stage == "frozen" else [letter]
+        wanted = [letter]
+        if stage == "frozen":
+            wanted = [f"{letter}bar"] if letter in self.moving else [letter, f"{letter}bar"]
         while not (free := [name for name in wanted if name not in self.taken]):
             wanted = [f"{name}'" for name in wanted]
         self.taken.add(free[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from textwrap import fill, indent
 from xml.etree import ElementTree
 
@@ -125,7 +125,7 @@ def _block_as_text(block: Block) -> list[str]:
 _LATEX_MARKS = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "_": r"\_", "&": r"\&", "%": r"\%",
     "#": r"\#", "$": r"\$", "^": r"\^{}", "~": r"\textasciitilde{}",
-    "×": r"$\times$", "→": r"$\to$",
+    "×": r"$\times$", "·": r"$\cdot$",
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 17px/1.6 "Source Serif 4", "Iowan Old Style", Charter, Palatino, Georgia, serif; }
-main { max-width: 46rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; counter-reset: step; }
+main { max-width: 48rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; counter-reset: step; }
 header { border-bottom: 1px solid var(--rule); margin-bottom: 2.2rem; padding-bottom: 1.2rem; }
 h1 { font-size: 1.9rem; font-weight: 600; line-height: 1.2; margin: 0 0 .3rem; }
 header p { color: var(--soft); margin: 0; font-style: italic; }
@@ -186,12 +186,14 @@ h2 { font-size: 1.12rem; font-weight: 600; margin: 2.4rem 0 .6rem; counter-incre
 h2::before { content: counter(step); color: var(--accent); margin-right: .75em;
   font-variant-numeric: tabular-nums; }
 p { margin: .6rem 0; }
-.formulas { overflow-x: auto; margin: 1rem 0; padding: .25rem 0; }
+.formulas { overflow-x: auto; overflow-y: hidden; margin: .8rem 0; padding: .25rem 0; }
 .formulas table { border-collapse: collapse; margin: 0 auto; }
-.formulas td { padding: .32rem .22em; vertical-align: middle; white-space: nowrap; }
+.formulas td { padding: .32rem .18em; vertical-align: middle; white-space: nowrap; }
+.formulas math { font-size: 1.08em; }
+.formulas.long math { font-size: .92em; }
 .formulas td.left { text-align: right; }
 .formulas td.note { color: var(--soft); font-size: .84rem; font-style: italic; padding-left: 2em; }
-math { font-size: 1.06em; }
+math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", math, serif; }
 table.list { border-collapse: collapse; width: 100%; font-size: .93rem; margin: 1.1rem 0; }
 table.list th { text-align: left; font-weight: 600; color: var(--soft); font-size: .8rem;
   letter-spacing: .04em; border-bottom: 1px solid var(--ink); padding: .3rem .8rem .3rem 0; }
@@ -204,13 +206,22 @@ pre { background: var(--well); border: 1px solid var(--rule); border-radius: 4px
 """
 
 
-def _mathml(formula: Math, display: str = "inline") -> str:
+def _mathml(formula: Math, display: bool = False) -> str:
     # Imported here: only pages need it.
     from latex2mathml.converter import convert_to_element
 
-    tree = convert_to_element(formula.latex, display=display)
+    tree = convert_to_element(formula.latex)
+    tree.set("displaystyle", str(display).lower())
+    for node in tree.iter():
+        node.text = unescape(node.text or "")
+    for node in tree.iter():
+        if display and node.tag == "msub" and node[0].text == "∑":
+            node.tag = "munder"
     for row in list(tree.iter("mrow")):
         _space_out(row)
+    if formula.latex[:2] in ("+ ", "- "):
+        # A sign that continues the line above stands between two terms.
+        next(tree.iter("mo")).set("form", "infix")
     return ElementTree.tostring(tree, encoding="unicode")
 
 
@@ -267,11 +278,13 @@ def _block_as_html(block: Block) -> str:
             equals = _mathml(Math("=", "="))
             for row in rows:
                 note = f'<td class="note">{escape(row.note)}</td>' if row.note else ""
-                cells = f'<td class="left">{_mathml(row.left, "block")}</td><td>{equals}</td>'
-                shown.append(f"<tr>{cells}<td>{_mathml(row.right[0], 'block')}</td>{note}</tr>")
+                cells = f'<td class="left">{_mathml(row.left, True)}</td><td>{equals}</td>'
+                shown.append(f"<tr>{cells}<td>{_mathml(row.right[0], True)}</td>{note}</tr>")
                 for term in row.right[1:]:
-                    shown.append(f"<tr><td></td><td></td><td>{_mathml(term, 'block')}</td></tr>")
-            return '<div class="formulas"><table>' + "\n".join(shown) + "</table></div>"
+                    shown.append(f"<tr><td></td><td></td><td>{_mathml(term, True)}</td></tr>")
+            width = max(len(row.left.text) + len(row.right[0].text) for row in rows)
+            kind = "formulas long" if width > 100 else "formulas"
+            return f'<div class="{kind}"><table>' + "\n".join(shown) + "</table></div>"
         case Table(header, rows):
             head = "".join(f"<th>{escape(title)}</th>" for title in header)
             body = "\n".join(
