@@ -1,0 +1,149 @@
+"""The worked derivations hold, and their layers are what the pages say: kernels, matrices, ties."""
+
+import importlib
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from sympy import Sum
+
+import cem
+from cem import energies
+from cem.derivations import checks
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("weight_tied_attention", "gated_mlp", "diagonal_plus_low_rank", "memory")
+CONCRETE = {"dim": 3, "seq": 3, "heads": 2, "rank": 2, "hidden": 4, "block": 2}
+
+
+def page(name):
+    return importlib.import_module(f"cem.derivations.{name}")
+
+
+def test_every_page_is_tested():
+    files = {file.stem for file in (ROOT / "derivations").glob("*.py")}
+    assert files == {*PAGES, "__init__", "checks"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_check(name):
+    page(name).check()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_documented(name):
+    module = page(name)
+    for what in ("The energy.", "The adjoints.", "The gradient.", "The layer.", "Descent."):
+        assert what in module.__doc__
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_derivation_is_of_this_energy(name):
+    module = page(name)
+    assert isinstance(module.derivation(), cem.Derivation)
+    assert module.energy.name in str(module.derivation())
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_prints_its_derivation(name, capsys):
+    runpy.run_path(str(ROOT / "derivations" / f"{name}.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"{page(name).derivation()}\n"
+
+
+@pytest.mark.slow
+def test_page_runs_by_its_dotted_name():
+    command = [sys.executable, "-m", "cem.derivations.gated_mlp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "gated_silu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "kernels"),
+    [
+        ("weight_tied_attention", {"Q": (3, 5, 13), "K": (3, 5, 13)}, {"matmul", "sdpa"}),
+        ("gated_mlp", {"U": (17, 13), "G": (17, 13)}, {"matmul"}),
+        (
+            "diagonal_plus_low_rank",
+            {"Q": (3, 7, 15), "K": (3, 7, 15), "lam": (3, 5)},
+            {"matmul", "sdpa"},
+        ),
+        ("memory", {"U": (17, 13)}, {"matmul"}),
+    ],
+)
+def test_parameters_and_kernels(name, shapes, kernels):
+    """2 matrices for attention, 2 for a gated MLP, 1 for the memory; the others are tied."""
+    layer = page(name).layer()
+    assert {key: tuple(value.shape) for key, value in layer.named_parameters()} == shapes
+    assert layer.lowering.kind == "fused"
+    assert set(layer.lowering.kernels) == kernels
+
+
+def test_attention_is_torch_attention_with_tied_matrices():
+    """`nn.MultiheadAttention` with value = key and output = query transposed is the same layer."""
+    layer = cem.derive(energies.interaction, dim=12, heads=3, rank=4, dtype=torch.float64)
+    torch_layer = torch.nn.MultiheadAttention(
+        12, 3, bias=False, batch_first=True, dtype=torch.float64
+    )
+    query, key = layer.Q.detach().flatten(0, 1), layer.K.detach().flatten(0, 1)  # (H R, D)
+    torch_layer.load_state_dict(
+        {"in_proj_weight": torch.cat([query, key, key]), "out_proj.weight": query.mT}
+    )
+    h = torch.randn(2, 7, 12, dtype=torch.float64)
+    future = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    attended, _ = torch_layer(h, h, h, attn_mask=future, need_weights=False)
+    torch.testing.assert_close(layer(h), h + attended, rtol=1e-12, atol=1e-12)
+
+
+GALLERY = [name for name in energies.__all__ if isinstance(getattr(energies, name), cem.Energy)]
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_gradient_matches_sympy(name):
+    """Every energy of the gallery, not only those with a page."""
+    energy = getattr(energies, name)
+    known = {"seq", *map(str, energy.dims)}
+    sizes = {size: value for size, value in CONCRETE.items() if size in known}
+    checks.assert_gradient_matches_sympy(energy, **sizes)
+
+
+class Wrong(cem.Energy):
+    """An energy whose gradient misses a factor."""
+
+    @property
+    def gradient(self):
+        return 2 * super().gradient
+
+
+def test_the_checks_find_a_wrong_gradient():
+    dim = cem.dims("dim")
+    h, i = cem.state(dim), dim.index("i")
+    right, wrong = cem.Energy(Sum(h[i] ** 2, i)), Wrong(Sum(h[i] ** 2, i), name="wrong")
+    checks.assert_gradient_matches_sympy(right, dim=3)
+    with pytest.raises(AssertionError, match="wrong: relative error 1.0e"):
+        checks.assert_gradient_matches_sympy(wrong, dim=3)
+
+
+def test_the_checks_find_a_wrong_layer():
+    module = page("gated_mlp")
+    h = torch.randn(7, 13, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="layer of gated_silu"):
+        checks.assert_layer_matches(module.layer(), lambda h, U, G: h + h @ U.mT @ U, h)
+    # The same values with a gate that training cannot see.
+    with pytest.raises(AssertionError, match="for `G`|for `h`"):
+        checks.assert_layer_matches(
+            module.layer(), lambda h, U, G: module.closed_form(h, U=U, G=G.detach() + 0 * G), h
+        )
+
+
+@pytest.mark.parametrize("word", checks.ELEMENTARY)
+def test_elementary_formulas(word):
+    """The formulas that SymPy differentiates have the values of the words."""
+    for point in (-2.25, -0.375, 0.5, 3.125):
+        exact = checks.ELEMENTARY[word](sympy.Rational(point)).evalf(30)
+        computed = word(torch.tensor(point, dtype=torch.float64))
+        assert abs(float(exact) - float(computed)) <= 1e-13 * (1 + abs(float(computed)))
