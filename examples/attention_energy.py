@@ -1,0 +1,40 @@
+"""Attention from an energy, in the torch pen.
+
+The energy of a token is a log-sum-exp over the tokens that it may see; its gradient is multi-head
+attention with values tied to keys. Expected last line:
+
+    largest difference from hand-written attention below 1e-5: True
+"""
+
+import torch
+from torch.nn import functional as F
+
+import cem
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+def interaction(h, x, *, Q, K, beta=1.0):
+    q = torch.einsum("ard,d->ar", Q, h)
+    k = torch.einsum("ard,sd->asr", K, x)
+    return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
+
+
+def by_hand(h, Q, K, beta):
+    """The same layer as a person would write it: h (B, T, dim), Q and K (heads, rank, dim)."""
+    q = torch.einsum("ard,btd->batr", Q, h)
+    k = torch.einsum("ard,bsd->basr", K, h)
+    mixed = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=beta)
+    return h + torch.einsum("ard,batr->btd", Q, mixed)
+
+
+def main():
+    beta = 32**-0.5
+    layer = cem.derive(interaction, dim=128, heads=4, rank=32, beta=beta)
+    print(layer.derivation)
+    h = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
+    difference = (layer(h) - by_hand(h, layer.Q, layer.K, beta)).abs().max()
+    print(f"largest difference from hand-written attention below 1e-5: {bool(difference < 1e-5)}")
+
+
+if __name__ == "__main__":
+    main()
