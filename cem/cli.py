@@ -1,0 +1,313 @@
+"""The command line: ``cem demo``, ``cem derive``, ``cem plot``.
+
+Heavy imports stand inside the commands, so that help and mistakes are answered at once.
+"""
+
+import importlib
+import importlib.util
+import io
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cem._version import __version__
+
+app = typer.Typer(
+    name="cem",
+    help="Turn energies into layers: derive, run and look at them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_DEMO = ("attention_energy.py:interaction", "gated_energy.py:gated")
+
+EnergyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE:NAME",
+        help="An energy: file.py:name, or dotted.module:name of an installed module.",
+    ),
+]
+SizesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SIZE=VALUE]...", help="Sizes and scalars, such as dim=64 heads=4."),
+]
+
+
+class UserError(Exception):
+    """What the person who typed the command can mend: one sentence, no traceback, exit code 2."""
+
+
+def main() -> None:
+    """The entry point of the command ``cem``."""
+    try:
+        app()
+    except UserError as error:
+        print(f"cem: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(help="How long to train.", min=0.1)] = 60.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Train for this many steps instead: repeatable to the bit.", min=1),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the page.")] = Path(
+        "cem-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the parameters and of the order of the text.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; by default one per core, at most 4.", min=1)
+    ] = None,
+    energy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE:NAME",
+            help="An energy of each block, in order; repeatable. By default those of examples/.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Folder whose *.py files are the text; by default Python's own."),
+    ] = None,
+) -> None:
+    """Train a small language model made of energies and show its descent, in about a minute."""
+    if not energy:
+        energy = [str(_EXAMPLES / name) for name in _DEMO]
+        if not _EXAMPLES.is_dir():
+            raise UserError(
+                f"the energies of the demo stand in examples/ of a clone: got no {_EXAMPLES}; "
+                "clone the repository, or type `cem demo --energy FILE:NAME`"
+            )
+    if text is not None and not text.is_dir():
+        raise UserError(f"`--text` needs a folder of Python files: got `{text}`; name one that is")
+    _prepare(threads)
+    energies = [_load(name) for name in energy]
+    from cem.demo import run
+
+    try:
+        run(energies, seconds=seconds, steps=steps, text=text, out=out, seed=seed)
+    except (ValueError, TypeError) as error:
+        raise UserError(_sentence(error)) from error
+
+
+@app.command()
+def derive(
+    energy: EnergyArgument,
+    sizes: SizesArgument = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PAGE.html", help="Also write the derivation as a page.")
+    ] = None,
+) -> None:
+    """Print the way from an energy to its gradient; with sizes also the layer and its program."""
+    found = _load(energy)
+    derivation = _layer(found, sizes).derivation if sizes else found.derivation()
+    print(derivation)
+    if out is not None:
+        _write(out, derivation.html().encode())
+
+
+@app.command()
+def plot(
+    energy: EnergyArgument,
+    sizes: SizesArgument = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PICTURE.png", help="Where to; by default the energy's name."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the random input.", min=1)] = 32,
+    steps: Annotated[int, typer.Option(help="How often the energy is descended.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Of the parameters and of the input.")] = 0,
+) -> None:
+    """Derive a layer, run it on random input and draw how the energy of its tokens falls."""
+    _prepare(1)
+    found = _load(energy)
+    import torch
+    from matplotlib import pyplot as plt
+
+    import cem
+    from cem import plot as pictures
+
+    torch.manual_seed(seed)
+    layer = _layer(found, sizes or [], steps=steps)
+    h = torch.randn(1, tokens, layer.dim)
+    trace = cem.trace(layer, h)
+    ax = pictures.tokens(trace)
+    out = out or Path(f"{found.name}.png")
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format=out.suffix[1:] or "png")
+    plt.close(ax.figure)
+    _write(out, buffer.getvalue())
+    fell = (trace[0].before[0] > trace[0].after[-1]).double().mean().item()
+    print(f"energy fell for {fell:.1%} of {tokens} tokens after {steps} step{'s' * (steps != 1)}")
+
+
+def _prepare(threads: int | None) -> None:
+    """Set the threads of torch, and what torch and matplotlib read when they are loaded.
+
+    Threads that wait must sleep: spinning ones make a shared machine many times slower. Where that
+    cannot be arranged any more, since torch is loaded already, one thread is the default.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if threads is None:
+        threads = min(4, _cores()) if "OMP_WAIT_POLICY" in os.environ else 1
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _load(spec: str):
+    """The energy that FILE:NAME means."""
+    import cem
+
+    place, _, name = spec.rpartition(":")
+    if not place or not name.isidentifier():
+        raise UserError(
+            f"an energy is written FILE.py:NAME or MODULE:NAME: got `{spec}`; "
+            f"type `{spec.rstrip(':')}:NAME` with the name that the energy has in there"
+        )
+    module = _module(place)
+    thing = getattr(module, name, None)
+    if isinstance(thing, cem.Energy):
+        return thing
+    held = [key for key, value in vars(module).items() if isinstance(value, cem.Energy)]
+    advice = "make one there with `cem.Energy(expression)` or `@cem.energy(...)`"
+    if held:
+        advice = f"type `{place}:{held[0]}`"
+    if hasattr(module, name):
+        kind = type(thing).__name__
+        raise UserError(
+            f"`{name}` in {place} must be an energy: got {kind} {thing!r:.40}; {advice}"
+        )
+    raise UserError(f"{place} has no `{name}`: it holds {', '.join(held) or 'no energy'}; {advice}")
+
+
+def _module(place: str):
+    """A module by the path of its file or by its dotted name."""
+    if not place.endswith(".py") and "/" not in place and os.sep not in place:
+        return _imported(place)
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise UserError(f"there is no file {place}: got the path {path}; type that of a .py file")
+    sys.path.insert(0, str(path.parent))  # what `python file.py` does: its neighbours import
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file of a user may raise
+        raise UserError(
+            f"{place}, line {_line(error, path)}, cannot be run: got {type(error).__name__}: "
+            f"{_sentence(error)}; `python {place}` shows where it comes from"
+        ) from error
+    return module
+
+
+def _imported(name: str):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"there is no module `{error.name}`: got `{name}`; install it, or for a file type "
+            "its path, `FILE.py:NAME`"
+        ) from None
+    except Exception as error:  # whatever the module of a user may raise
+        raise UserError(
+            f"module `{name}` cannot be imported: got {type(error).__name__}: {_sentence(error)}; "
+            f'`python -c "import {name}"` shows where it comes from'
+        ) from error
+
+
+def _line(error: Exception, path: Path) -> int:
+    """The last line of the file that ran before the error, or where its syntax breaks."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    lines = [
+        line.lineno
+        for line in traceback.extract_tb(error.__traceback__)
+        if line.filename == str(path)
+    ]
+    return lines[-1] if lines else 1
+
+
+def _layer(energy, sizes: list[str], **options):
+    """The layer of an energy at sizes such as ``["dim=64", "heads=4"]``."""
+    import cem
+
+    # `dim` also names a width that is a product of sizes, such as heads*block.
+    known = list(dict.fromkeys([*map(str, (*energy.dims, *energy.scalars)), "dim"]))
+    values = {}
+    for pair in sizes:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"a size is written NAME=VALUE: got `{pair}`; type `{pair}=64`")
+        if name not in known:
+            raise UserError(
+                f"energy `{energy.name}` has no size or scalar `{name}`: got `{pair}`; "
+                f"type one of {', '.join(known)}"
+            )
+        if name in values:
+            raise UserError(f"`{name}` is given twice: got `{pair}` last; type it once")
+        try:
+            values[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise UserError(f"`{name}` must be a number: got `{pair}`; type `{name}=64`") from None
+    if not values:
+        raise UserError(
+            f"energy `{energy.name}` needs its sizes: got none; "
+            f"type {' '.join(f'{size}=16' for size in energy.dims)}"
+        )
+    try:
+        return cem.derive(energy, **values, **options)
+    except (ValueError, TypeError) as error:
+        raise UserError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write whole or not at all, and say where."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: got {error.strerror}; name another file") from None
+    print(f"wrote {path}")
