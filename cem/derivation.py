@@ -41,12 +41,12 @@ STAGES = {
 }
 
 DESCENT = {
-    "concave": "The energy is concave in the state, so a step of any size lowers it at least as"
-    " much as its slope promises.",
-    "affine": "The energy is affine in the state, so a step of any size lowers it exactly as much"
-    " as its slope promises.",
-    "convex": "The energy is convex in the state: a step lowers it as long as the step size is at"
-    " most 2/L, with L the Lipschitz constant of the gradient.",
+    "concave": "At a fixed context the energy is concave in the state, so a step of any size lowers"
+    " it at least as much as its slope promises.",
+    "affine": "At a fixed context the energy is affine in the state, so a step of any size lowers"
+    " it exactly as much as its slope promises.",
+    "convex": "At a fixed context the energy is convex in the state: a step lowers it as long as"
+    " the step size is at most 2/L, with L the Lipschitz constant of the gradient in the norm of P.",
     "unknown": "The energy is not known to be convex or concave in the state: a small enough step"
     " lowers it, and what a larger one does is measured.",
 }
@@ -88,8 +88,8 @@ class Derivation:
     >>> i, m = dim.index("i"), hidden.index("m")
     >>> u = Sum(U[m, i] * h[i], i)
     >>> plain = cem.Energy(-Sum(cem.antiderivative(cem.relu)(u), m), name="plain")
-    >>> print(cem.text(Derivation.of_energy(plain).force))
-    Σ_m U[m,d] relu(u[m])
+    >>> print(*Derivation.of_energy(plain).definitions)
+    u[m] = Σ_i U[m,i] h[i]
     """
 
     def __init__(self, name: str) -> None:
@@ -219,7 +219,8 @@ class Derivation:
         if layer is not None:
             blocks += _layer_facts(layer)
         certificate = getattr(layer, "certificate", None)
-        blocks.append(paragraph(str(certificate) if certificate else DESCENT[energy.curvature]))
+        if certificate or _is_bare(layer):
+            blocks.append(paragraph(str(certificate or DESCENT[energy.curvature])))
         return Step("The layer", tuple(blocks))
 
 
@@ -306,6 +307,15 @@ def _untranslated(energy) -> Step:
     return Step("Energy", (paragraph(told), *([paragraph(energy.reason)] if energy.reason else [])))
 
 
+def _is_bare(layer) -> bool:
+    """Whether the step is h - eta P dE/dh and nothing else, which is what curvature speaks of."""
+    if layer is None:
+        return True
+    plain_update = type(layer.update).__name__ == "GradientDescent"
+    plain_norm = type(getattr(layer, "norm", None)).__name__ in ("Identity", "NoneType")
+    return plain_update and plain_norm and not getattr(layer, "joint", False)
+
+
 def _layer_facts(layer) -> Iterator[Block]:
     """What the arguments of ``derive`` add to the bare step."""
     told: list[Part] = [f"The update rule is {layer.update!r}"]
@@ -321,7 +331,8 @@ def _layer_facts(layer) -> Iterator[Block]:
             f"State and context are read through {norm!r}: the gradient is taken with respect to"
             " what the norm returns and subtracted from the state."
         ]
-        if preconditioner is None and not list(norm.parameters()):
+        gain_free = type(norm).__name__ in ("RMSNorm", "LayerNorm") and not list(norm.parameters())
+        if gain_free and preconditioner is None:
             told.append(
                 " A norm without a gain is the gradient of a convex function, so this is mirror"
                 " descent: its Jacobian is positive semi-definite and a small step still descends."
