@@ -46,7 +46,8 @@ DESCENT = {
     "affine": "At a fixed context the energy is affine in the state, so a step of any size lowers"
     " it exactly as much as its slope promises.",
     "convex": "At a fixed context the energy is convex in the state: a step lowers it as long as"
-    " the step size is at most 2/L, with L the Lipschitz constant of the gradient in the norm of P.",
+    " the step size is at most 2/L, with L the Lipschitz constant of the gradient"
+    " in the norm of P.",
     "unknown": "The energy is not known to be convex or concave in the state: a small enough step"
     " lowers it, and what a larger one does is measured.",
 }
