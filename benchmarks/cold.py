@@ -12,25 +12,33 @@ import cem
 from .memory import ROOT
 from .settings import Settings
 
-# Seconds inside the process, so that starting the interpreter does not count.
-IMPORT = """
+# Inside the process, so that starting the interpreter does not count: by the wall clock, and of
+# the processor, which what else runs on the machine disturbs less.
+CLOCK = """
 import json, time
-start = time.perf_counter()
-import torch, sympy
-middle = time.perf_counter()
-{extra}
-print(json.dumps([middle - start, time.perf_counter() - middle]))
+def now():
+    return time.perf_counter(), time.process_time()
+def since(then):
+    return [b - a for a, b in zip(then, now())]
+start = now()
 """
 
-DERIVE = """
-import json, time, torch, cem, cem.energies
+IMPORT = CLOCK + """
+import torch, sympy
+base, start = since(start), now()
+{extra}
+print(json.dumps([base, since(start)]))
+"""
+
+DERIVE = CLOCK + """
+import torch, cem, cem.energies
 torch.set_num_threads(1)
-start = time.perf_counter()
-cem.derive(getattr(cem.energies, {name!r}), **{sizes!r})
-first = time.perf_counter() - start
-start = time.perf_counter()
-cem.derive(getattr(cem.energies, {name!r}), **{sizes!r})
-print(json.dumps([first, time.perf_counter() - start]))
+found = []
+for _ in range(2):
+    start = now()
+    cem.derive(getattr(cem.energies, {name!r}), **{sizes!r})
+    found.append(since(start))
+print(json.dumps(found))
 """
 
 
@@ -47,19 +55,21 @@ def fresh(code: str):
 def import_times(settings: Settings) -> dict[str, list[float]]:
     """Seconds, one entry a process; processes with and without cem alternate.
 
-    ``base`` is torch and sympy alone, ``both`` all three, ``cem`` the part of cem in the latter.
+    ``base`` is torch and sympy alone, ``both`` all three, ``cem`` the part of cem in the latter and
+    ``cem_cpu`` the same in time of the processor.
     """
-    found: dict[str, list[float]] = {"base": [], "both": [], "cem": []}
+    found: dict[str, list[float]] = {"base": [], "both": [], "cem": [], "cem_cpu": []}
     for extra in ("", "import cem"):  # the first of each compiles bytecode and fills the page cache
         fresh(IMPORT.format(extra=extra))
     for done in range(settings.processes):
         for extra in ("", "import cem") if done % 2 == 0 else ("import cem", ""):
             base, own = fresh(IMPORT.format(extra=extra))
             if extra:
-                found["both"].append(base + own)
-                found["cem"].append(own)
+                found["both"].append(base[0] + own[0])
+                found["cem"].append(own[0])
+                found["cem_cpu"].append(own[1])
             else:
-                found["base"].append(base)
+                found["base"].append(base[0])
     return found
 
 
@@ -71,12 +81,15 @@ def sizes_of(energy, settings: Settings) -> dict[str, int]:
     return {str(size): known.get(str(size), 8) for size in energy.dims}
 
 
-def derive_times(name: str, settings: Settings) -> tuple[list[float], list[float]]:
+def derive_times(name: str, settings: Settings) -> dict[str, list[float]]:
     """Seconds of the first and of the second derive of a gallery energy, one entry a process."""
-    sizes = sizes_of(getattr(cem.energies, name), settings)
-    code = DERIVE.format(name=name, sizes=sizes)
+    code = DERIVE.format(name=name, sizes=sizes_of(getattr(cem.energies, name), settings))
     both = [fresh(code) for _ in range(settings.derive_processes)]
-    return [first for first, _ in both], [second for _, second in both]
+    return {
+        "first": [first[0] for first, _ in both],
+        "first_cpu": [first[1] for first, _ in both],
+        "second": [second[0] for _, second in both],
+    }
 
 
 def gallery() -> list[str]:

@@ -148,7 +148,7 @@ def start(settings: Settings) -> Iterator[Row]:
     """What a fresh process pays: the import, and the first derive of each gallery energy."""
     title = "Fresh process"
     found = cold.import_times(settings)
-    base, both, own = (statistics.median(found[key]) for key in ("base", "both", "cem"))
+    base, both, own, cpu = map(statistics.median, found.values())
     low, high = quartiles(found["cem"])
     yield Row(
         title,
@@ -157,22 +157,26 @@ def start(settings: Settings) -> Iterator[Row]:
         unit="s",
         most=IMPORT_S,
         spread=f"{low:.3f} to {high:.3f}, n={len(found['cem'])}",
+        cpu=f"{cpu:.3f} s",
         medians=f"{both:.2f} s with cem, {base:.2f} s torch and sympy alone",
         detail=found,
     )
     for name in settings.energies or cold.gallery():
-        first, second = cold.derive_times(name, settings)
-        low, high = quartiles([value * 1000 for value in first])
+        found = cold.derive_times(name, settings)
+        first, cpu, second = (1000 * statistics.median(times) for times in found.values())
+        low, high = quartiles(found["first"])
         yield Row(
             title,
             f"first `derive({name})`",
-            statistics.median(first) * 1000,
+            first,
             unit="ms",
             most=DERIVE_MS,
-            spread=f"{low:.1f} to {high:.1f}, n={len(first)}",
-            medians=f"second derive {statistics.median(second) * 1000:.1f} ms",
-            detail={"first_s": first, "second_s": second},
+            spread=f"{low * 1000:.1f} to {high * 1000:.1f}, n={len(found['first'])}",
+            cpu=f"{cpu:.1f} ms",
+            medians=f"second derive {second:.1f} ms",
+            detail=found,
         )
+
 
 
 SECTIONS = {"speed": speed, "autograd": autograd, "memory": memory, "trace": trace, "cold": start}

@@ -33,7 +33,7 @@ class Row:
         value: the figure that is compared with the bar.
         unit: ``"x"`` for a ratio, ``"ms"``, ``"s"`` or ``""``.
         most, least: the bar; neither for a figure without one.
-        spread, ratio_of_medians, cpu_ratio, medians: as text, for the table.
+        spread, ratio_of_medians, cpu, medians: as text, for the table.
         detail: everything behind the figure.
     """
 
@@ -45,7 +45,7 @@ class Row:
     least: float | None = None
     spread: str = ""
     ratio_of_medians: str = ""
-    cpu_ratio: str = ""
+    cpu: str = ""
     medians: str = ""
     detail: dict = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Row:
             verdict,
             self.spread,
             self.ratio_of_medians,
-            self.cpu_ratio,
+            self.cpu,
             self.medians,
         )
 
@@ -99,7 +99,7 @@ def of_pair(section: str, what: str, pair: Pair, most: float | None = None) -> R
         most=most,
         spread=f"{low:.3f} to {high:.3f}, n={len(pair.first)}",
         ratio_of_medians=f"{pair.ratio_of_medians:.3f}x",
-        cpu_ratio="" if pair.cpu_ratio is None else f"{pair.cpu_ratio:.3f}x",
+        cpu="" if pair.cpu_ratio is None else f"{pair.cpu_ratio:.3f}x",
         medians=f"{milliseconds(first)} / {milliseconds(second)}",
         detail=asdict(pair),
     )

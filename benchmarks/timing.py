@@ -97,7 +97,6 @@ def interleave(first: Callable, second: Callable, settings: Settings) -> Pair:
     wall: tuple[list[float], list[float]] = ([], [])
     cpu: tuple[list[float], list[float]] = ([], [])
     started = time.perf_counter()
-    gc.collect()
     gc.disable()
     try:
         for done in range(settings.rounds):
