@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from sympy import Expr, Indexed, Integer
 
-from ..language.canonical import free_indices, rename
+from ..language.canonical import rename
 from ..language.definitions import Definition, with_own_letters
-from ..language.symbols import Tensor, total
-from .gradient import _pull_back, _topological, depends_on_state
+from ..language.symbols import Tensor
+from .gradient import sweep
 
 
 def adjoints(energy: Expr, features: Iterable[Definition]) -> Iterator[tuple[Indexed, Expr]]:
@@ -31,19 +31,10 @@ def adjoints(energy: Expr, features: Iterable[Definition]) -> Iterator[tuple[Ind
     found: dict[Tensor, Expr] = {}
 
     def pull(root: Expr, seed: Expr) -> None:
-        pending = {root: seed}
-        for node in reversed(_topological(root)):
-            adjoint = pending.pop(node)
-            if isinstance(node, Indexed):
-                if node.base in moving:
-                    names = dict(zip(node.indices, moving[node.base].indices, strict=True))
-                    found[node.base] = found.get(node.base, Integer(0)) + rename(adjoint, names)
-                continue
-            for child, pushed in _pull_back(node, adjoint):
-                if depends_on_state(child):
-                    missing = free_indices(pushed) - free_indices(child)
-                    pushed = total(pushed, sorted(missing, key=str))
-                    pending[child] = pending.get(child, Integer(0)) + pushed
+        for leaf, adjoint in sweep(root, seed):
+            if leaf.base in moving:
+                names = dict(zip(leaf.indices, moving[leaf.base].indices, strict=True))
+                found[leaf.base] = found.get(leaf.base, Integer(0)) + rename(adjoint, names)
 
     pull(energy, Integer(1))
     # A feature of features comes after its parts, so its force is complete when it is handed down.

@@ -7,6 +7,7 @@ the factor lacks. Nothing is expanded, so products of matrices stay products of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, log
@@ -42,19 +43,25 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     h[d]
     """
     free = output_index(width)
-    leaves: list[Expr] = []
-    adjoints: dict[Expr, Expr] = {energy: Integer(1)}
-    for node in reversed(_topological(energy)):
+    return canonical(Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy))))
+
+
+def sweep(root: Expr, seed: Expr = Integer(1)) -> Iterator[tuple[Indexed, Expr]]:
+    """Reverse mode: every leaf that moves with the state, with its adjoint.
+
+    ``seed`` is the adjoint of the root. A leaf is an entry of a state; each pair of a leaf and its indices comes
+    once.
+    """
+    adjoints: dict[Expr, Expr] = {root: seed}
+    for node in reversed(_topological(root)):
         adjoint = adjoints.pop(node)
         if isinstance(node, Indexed):
-            leaves.append(_scatter(node.indices[0], adjoint, free))
+            yield node, adjoint
             continue
-        for child, pushed in _pull_back(node, adjoint):
+        for child, pushed, scope in _pull_back(node, adjoint):
             if depends_on_state(child):
-                missing = free_indices(pushed) - free_indices(child)
-                pushed = total(pushed, sorted(missing, key=spelling))
-                adjoints[child] = adjoints.get(child, Integer(0)) + pushed
-    return canonical(Add(*leaves))
+                missing = scope - free_indices(child)
+                adjoints[child] = adjoints.get(child, Integer(0)) + total(pushed, sorted(missing, key=spelling))
 
 
 def _topological(root: Expr) -> list[Expr]:
@@ -84,34 +91,36 @@ def _scatter(slot: Expr, adjoint: Expr, free: Idx) -> Expr:
     return Ravel(adjoint, slot, free)
 
 
-def _pull_back(node: Expr, adjoint: Expr):
-    """Pairs of (part, what the adjoint of the node gives it)."""
+def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozenset[Idx]]]:
+    """Triples of a part, what the adjoint of the node gives it, and the indices of the node as its parts see them.
+
+    The part's adjoint is the sum over those of the indices that the part itself lacks.
+    """
+    scope = free_indices(node)
     match node:
         case Add():
             for term in node.args:
-                yield term, adjoint
+                yield term, adjoint, scope
         case Mul():
             for position, factor in enumerate(node.args):
-                if depends_on_state(factor):
-                    others = node.args[:position] + node.args[position + 1 :]
-                    yield factor, adjoint * Mul(*others)
+                others = node.args[:position] + node.args[position + 1 :]
+                yield factor, adjoint * Mul(*others), scope
         case Pow():
             base, exponent = node.args
-            if depends_on_state(base):
-                yield base, adjoint * exponent * Pow(base, exponent - 1)
+            yield base, adjoint * exponent * Pow(base, exponent - 1), scope
             if depends_on_state(exponent):
-                yield exponent, adjoint * node * log(base)
+                yield exponent, adjoint * node * log(base), scope
         case Sum():
-            yield node.function, adjoint
+            yield node.function, adjoint, scope.union(limit[0] for limit in node.limits)
         case LogSumExp():
-            yield node.body, adjoint * Softmax(node.body, node.index)
+            yield node.body, adjoint * Softmax(node.body, node.index), scope | {node.index}
         case Softmax():
             mean = total(node * adjoint, (node.index,))
-            yield node.body, node * (adjoint - mean)
+            yield node.body, node * (adjoint - mean), scope
         case Ravel():
             body, slot, idx = node.args
-            yield body, rename(adjoint, {idx: slot})
+            yield body, rename(adjoint, {idx: slot}), (scope - {idx}).union(split(slot))
         case _ if is_word(node):
-            yield node.args[0], adjoint * word_of(node.func).derivative(node.args[0])
+            yield node.args[0], adjoint * word_of(node.func).derivative(node.args[0]), scope
         case _:
             raise ValueError(f"`{type(node).__name__}` is not a word of the language: got {node}")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sympy import Add, Basic, Dummy, Expr, Idx, Indexed, Mul, Sum, Symbol, exp, log
+from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, Sum, Symbol, exp, log
 
-from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, spelling, split, total
+from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
+from .words import Activation, relu, step
 
 Indices = frozenset[Idx]
 
@@ -118,7 +119,9 @@ class _Renamer:
                 for old in split(slot):
                     _, inner = self.bind(old, inner)
                 return self.ravel(self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx))
-        if not expression.args or not free_indices_or_binders(expression):
+        if expression.is_Float:
+            return self.number(expression)
+        if not expression.args or not has_parts(expression):
             return expression
         return self.node(expression, [self.visit(arg, names) for arg in expression.args])
 
@@ -128,22 +131,28 @@ class _Renamer:
     def ravel(self, body: Expr, slot: Expr, idx: Expr) -> Expr:
         return Ravel(body, slot, idx)
 
+    def number(self, expression: Expr) -> Expr:
+        return expression
+
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
         return expression.func(*args)
 
 
 @lru_cache(maxsize=65536)
-def free_indices_or_binders(expression: Basic) -> bool:
-    """Whether a walk has anything to rename below this node."""
-    if isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel):
+def has_parts(expression: Basic) -> bool:
+    """Whether a walk has anything to change below this node."""
+    if isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Activation) or expression.is_Float:
         return True
-    return any(map(free_indices_or_binders, expression.args))
+    return any(map(has_parts, expression.args))
 
 
 class _Normaliser(_Renamer):
     """Puts every binder on an index of its own, pulls factors out of sums and recognises log-sum-exp."""
 
     bind = staticmethod(_Renamer.fresh)
+
+    def number(self, expression: Expr) -> Expr:
+        return exact(float(expression))
 
     def ravel(self, body: Expr, slot: Expr, idx: Expr) -> Expr:
         bound = set(split(slot))
@@ -153,8 +162,9 @@ class _Normaliser(_Renamer):
         return Mul(*outside, Ravel(Mul(*inside), slot, idx))
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
-        # The context first, so that what does not depend on it stays outside its averages.
-        for idx in sorted(indices, key=lambda idx: size_of(idx) != SEQ):
+        # The context first, so that what does not depend on it stays outside its averages; the rest by name, so
+        # that the order in which it was written does not matter.
+        for idx in sorted(indices, key=lambda idx: (size_of(idx) != SEQ, str(size_of(idx)))):
             body = self.sum_one(body, idx)
         return body
 
@@ -176,9 +186,13 @@ class _Normaliser(_Renamer):
                 # The weights stand below another sum: average first.
                 body = self.sum_one(Mul(factor.function, *others), idx)
                 return Mul(*outside, self.sum(body, tuple(limit[0] for limit in factor.limits)))
+        if outside and len(inside) == 1 and inside[0].is_Add:
+            return Mul(*outside, self.sum_one(inside[0], idx))
         return Mul(*outside, total(Mul(*inside), (idx,)))
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
+        if isinstance(expression, Mul):
+            return _without_steps(Mul(*args))
         if isinstance(expression, log) and isinstance(args[0], Sum):
             reduced: Expr = args[0].function
             if isinstance(reduced, exp):
@@ -187,6 +201,25 @@ class _Normaliser(_Renamer):
                     reduced = LogSumExp(reduced, limit[0])
                 return reduced
         return expression.func(*args)
+
+
+def exact(number: float) -> Expr:
+    """A number as a fraction where its denominator is a small power of two: 0.5 is 1/2 in both pens."""
+    numerator, denominator = number.as_integer_ratio()
+    return Rational(numerator, denominator) if denominator <= 2**20 else Float(number)
+
+
+def _without_steps(product: Expr) -> Expr:
+    """Drop step(z) beside relu(z), which is already zero where z <= 0."""
+    factors = [factor.as_base_exp() for factor in Mul.make_args(product)]
+    closed = {base.args[0] for base, power in factors if isinstance(base, relu) and power.is_positive}
+    if not any(isinstance(base, step) for base, _ in factors):
+        return product
+    kept = []
+    for base, power in factors:
+        if not (isinstance(base, step) and base.args[0] in closed):
+            kept.append(base if isinstance(base, step) and power.is_positive else base**power)
+    return Mul(*kept)
 
 
 def _weighs(factor: Expr, idx: Idx) -> bool:
@@ -226,7 +259,7 @@ def _name(expression: Expr) -> Expr:
             names[idx] = bound_name(size, heights[idx])
 
     visit(expression)
-    return _rebuilt(expression, names, {})
+    return _rebuilt(expression, names, heights, {})
 
 
 def bound_indices(node: Basic) -> tuple[Idx, ...]:
@@ -249,7 +282,9 @@ def _binders_around(node: Basic, idx: Idx, size: Expr) -> set[Idx]:
     return found.union(*(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr)))
 
 
-def _rebuilt(node: Basic, names: dict[Idx, Idx], memo: dict[Basic, Basic]) -> Basic:
+def _rebuilt(
+    node: Basic, names: dict[Idx, Idx], heights: dict[Idx, int], memo: dict[Basic, Basic]
+) -> Basic:
     """Replace indices, bound ones too, and order the limits of every sum by the names of their sizes."""
     if node in memo:
         return memo[node]
@@ -258,10 +293,11 @@ def _rebuilt(node: Basic, names: dict[Idx, Idx], memo: dict[Basic, Basic]) -> Ba
     elif isinstance(node, Tensor | Symbol) or not node.args:
         found = node
     elif isinstance(node, Sum):
-        bound = [names.get(limit[0], limit[0]) for limit in node.limits]
-        found = total(_rebuilt(node.function, names, memo), sorted(bound, key=spelling))
+        bound = sorted(bound_indices(node), key=lambda idx: (str(size_of(idx)), heights[idx]))
+        body = _rebuilt(node.function, names, heights, memo)
+        found = total(body, [names[idx] for idx in bound])
     else:
-        args = [_rebuilt(arg, names, memo) for arg in node.args]
+        args = [_rebuilt(arg, names, heights, memo) for arg in node.args]
         found = node if args == list(node.args) else node.func(*args)
     memo[node] = found
     return found

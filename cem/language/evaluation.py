@@ -11,7 +11,7 @@ import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import Tensor
 
-from .symbols import LogSumExp, Ravel, Softmax, is_word, size_of, split
+from .symbols import SEQ, LogSumExp, Ravel, Softmax, is_word, size_of, split
 from .words import word_of
 
 Axes = tuple[Idx, ...]
@@ -75,6 +75,9 @@ class Evaluator:
                 return torch.stack(tensors).prod(0), axes
             case Pow():
                 (base, exponent), axes = self._together(expression.args)
+                if expression.base == SEQ and expression.exp.is_negative:
+                    # It divides a sum over the visible tokens, which is 0 where there are none.
+                    base = base.clamp_min(1.0)
                 if expression.exp.is_Integer:
                     return base ** int(expression.exp), axes
                 return base**exponent, axes

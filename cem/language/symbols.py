@@ -303,8 +303,8 @@ def join(indices: tuple[Idx, ...]) -> Expr:
 
     >>> import cem
     >>> heads, block = cem.dims("heads block")
-    >>> join((heads.index("a"), block.index("b")))
-    a*block + b
+    >>> join((heads.index("a"), block.index("b"))) == block * heads.index("a") + block.index("b")
+    True
     """
     slot: Expr = Integer(0)
     for idx in indices:

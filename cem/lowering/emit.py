@@ -190,10 +190,9 @@ class Emitter:
         return Value(node, tuple(axes))
 
     def count(self) -> Value:
-        """The number of visible context tokens; at least 1, since it only ever divides or scales a sum over them."""
-        idx = SEQ.index("s")
-        mask = self.visible(idx)
-        node = self.ops.call("clamp_min", self.ops.call("sum", mask.node, -1), 1)
+        """The number of visible context tokens."""
+        mask = self.visible(SEQ.index("s"))
+        node = self.ops.call("sum", mask.node, -1)
         node = self.ops.call("type_as", node, self.input("h"), name="visible_count")
         return Value(node, mask.axes[:-1])
 
@@ -211,6 +210,9 @@ class Emitter:
     def power(self, base: Expr, exponent: Expr) -> Value:
         value = self.lower(base)
         number = self.constant(exponent)
+        if base == SEQ and number is not None and number < 0:
+            # It divides a sum over the visible tokens, which is 0 where there are none.
+            value = Value(self.ops.call("clamp_min", value.node, 1), value.axes)
         if number is None:
             raised = self.lower(exponent)
             return self.ops.binary(torch.pow, value, raised)
