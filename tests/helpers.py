@@ -1,0 +1,255 @@
+"""The catalogue of energies that the tests run through, and small builders.
+
+Legend: B batch, T tokens, S context tokens, D dim. Sizes differ, so that a transposed axis shows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sympy import Sum, exp, log, tanh
+
+import cem
+from cem import energies
+from cem.testing import assert_close
+
+B, T, S, D = 2, 7, 9, 12
+SIZES = {
+    "dim": D,
+    "heads": 2,
+    "block": 6,
+    "rank": 5,
+    "hidden": 11,
+    "groups": 2,
+    "per_group": 3,
+    "wide": 8,
+    "low": 3,
+    "other": 4,
+}
+
+dim, heads, rank, hidden, groups, per_group, wide, low, other = cem.dims(
+    "dim heads rank hidden groups per_group wide low other"
+)
+h, x = cem.state(dim), cem.context(dim)
+c = cem.frozen(h)
+Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+P, L = cem.parameter("P", heads, low, dim), cem.parameter("L", heads, low, dim)
+U, G = cem.parameter("U", hidden, dim), cem.parameter("G", hidden, dim)
+w, b = cem.parameter("w", dim), cem.parameter("b", heads, dim)
+beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+i, j, a, r, p = (
+    size.index(n) for size, n in zip((dim, dim, heads, rank, low), "ijarp", strict=True)
+)
+m, s = hidden.index("m"), x.index("s")
+
+
+def dot(weight, *lead, vector=h, over=i):
+    """The product of a matrix and a vector, as an expression."""
+    return Sum(weight[(*lead, over)] * vector[over], over)
+
+
+def key(weight, *lead):
+    return Sum(weight[(*lead, j)] * x[s, j], j)
+
+
+def lse(score):
+    return -Sum(cem.logsumexp(beta * score, s), a) / beta
+
+
+SCORE = Sum(dot(Q, a, r) * key(K, a, r), r)
+FROZEN = Sum(dot(Q, a, r, vector=c) * key(K, a, r), r)
+
+biased = cem.Energy(lse(SCORE + Sum(b[a, j] * x[s, j], j)), name="biased")
+gaussian = cem.Energy(lse(-Sum((dot(Q, a, r) - key(K, a, r)) ** 2, r) / 2), name="gaussian")
+soft_capped = cem.Energy(lse(3 * tanh(SCORE / 3)), name="soft_capped")
+two_terms = cem.Energy(lse(SCORE + Sum(dot(P, a, p) * key(L, a, p), p)), name="two_terms")
+narrow_values = cem.Energy(lse(FROZEN + Sum(dot(P, a, p) * key(L, a, p), p)), name="narrow_values")
+nonlinear_query = cem.Energy(
+    lse(Sum(tanh(dot(Q, a, r)) * cem.silu(key(K, a, r)), r)), name="nonlinear_query"
+)
+pair = cem.Energy(lse(SCORE) - Sum(cem.logsumexp(SCORE, s) ** 2, a) / 7, name="pair")
+
+mean = cem.Energy(
+    -Sum(Sum(U[m, i] * h[i], i) * Sum(key(U, m), s) / cem.language.symbols.SEQ, m), name="mean"
+)
+squared = cem.Energy(-Sum(Sum(dot(Q, a, r) * key(K, a, r), r) ** 2, a, s) / 2, name="squared")
+quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, name="quadratic")
+linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
+spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
+
+gq, gk = (
+    cem.parameter("Q", groups, per_group, rank, dim),
+    cem.parameter("K", groups, rank, dim),
+)
+g, o = groups.index("g"), per_group.index("o")
+grouped = cem.Energy(
+    -Sum(cem.logsumexp(beta * Sum(dot(gq, g, o, r) * key(gk, g, r), r), s), g, o) / beta,
+    name="grouped",
+)
+
+y = cem.context(other)
+Ky = cem.parameter("K", heads, rank, other)
+e = other.index("e")
+narrow_context = cem.Energy(
+    lse(Sum(dot(Q, a, r) * Sum(Ky[a, r, e] * y[s, e], e), r)), name="narrow_context"
+)
+
+
+@cem.energy(h="dim", x="seq dim", Q="rank dim", K="rank dim", V="wide dim", O="wide dim")
+def frozen_attention(h, x, *, Q, K, V, O):  # noqa: E741
+    """Attention with the weights of the frozen state: values of their own width."""
+    weights = torch.softmax((x @ K.T) @ (Q @ h.detach()), dim=0)
+    return -torch.dot(O @ h, weights @ torch.tanh(x @ V.T))
+
+
+@cem.energy(h="dim", U="hidden dim", G="hidden dim")
+def mixture(h, *, U, G):
+    """A softmax over hidden units."""
+    return -(torch.softmax(U @ h, dim=-1) * (G @ h)).sum()
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+def looped(h, x, *, Q, K, visible, beta=rank**-0.5):
+    """The interaction energy in a form that cannot be translated: a loop over tokens."""
+    scores = torch.stack([torch.einsum("ari,i,arj,j->a", Q, h, K, token) for token in x])
+    scores = scores.masked_fill(~visible[:, None] & visible.any(), -torch.inf)
+    return -torch.where(visible.any(), torch.logsumexp(beta * scores, 0).sum(), 0.0) / beta
+
+
+@cem.energy(h="dim", U="hidden dim", G="hidden dim")
+def untranslatable_gate(h, *, U, G):
+    """The gated energy with a running sum of the gates, and a literal detach."""
+    return -0.5 * (torch.cumsum(torch.sigmoid(G @ h.detach()), 0) * (U @ h).square()).sum()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An energy of the catalogue and the kernels that its layer should be made of."""
+
+    energy: cem.Energy
+    kernels: tuple[str, ...]
+
+    @property
+    def name(self):
+        return self.energy.name
+
+    @property
+    def has_context(self):
+        return self.energy.context is not None
+
+    @property
+    def arguments(self):
+        """The sizes to derive it with."""
+        return {str(size): SIZES[str(size)] for size in self.energy.dims}
+
+    def derive(self, **options):
+        """A float64 layer in which no parameter is zero."""
+        layer = cem.derive(self.energy, **{"dtype": torch.float64, **self.arguments, **options})
+        return drawn(layer)
+
+    def inputs(self, context=False, lead=(B,), dtype=torch.float64, device=None):
+        """States (*lead, T, D) and, if wanted or needed, a context (*lead, S, D)."""
+        generator = torch.Generator().manual_seed(1)
+        found = {"h": torch.randn(*lead, T, D, generator=generator, dtype=torch.float64)}
+        if self.has_context:
+            width = SIZES[str(self.energy.context.shape[1])] if self.needs_context else D
+            if context or self.needs_context:
+                shape = (*lead, S, width)
+                found["context"] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return {name: tensor.to(device, dtype) for name, tensor in found.items()}
+
+    @property
+    def needs_context(self):
+        """Whether the context has another width than the state, so that it cannot be the state."""
+        return self.has_context and self.energy.context.shape[1] != self.energy.width
+
+
+SDPA = ("matmul", "sdpa")
+DENSE = ("dense_softmax", "einsum", "matmul")
+ENERGIES = [
+    Case(energies.interaction, SDPA),
+    Case(energies.diagonal_plus_low_rank, SDPA),
+    Case(energies.diagonal_plus_low_rank_full, ("einsum", *SDPA)),
+    Case(energies.gated_silu, ("matmul",)),
+    Case(energies.gated_gelu, ("matmul",)),
+    Case(energies.gated_relu, ("matmul",)),
+    Case(energies.two_sided_gated_silu, ("matmul",)),
+    Case(energies.two_sided_gated_gelu, ("matmul",)),
+    Case(energies.two_sided_gated_relu, ("matmul",)),
+    Case(energies.two_sided_gated_sigmoid, ("matmul",)),
+    Case(energies.plain_relu, ("matmul",)),
+    Case(energies.plain_gelu, ("matmul",)),
+    Case(energies.plain_silu, ("matmul",)),
+    Case(energies.plain_softplus, ("matmul",)),
+    Case(energies.memory, ("matmul",)),
+    Case(biased, SDPA),
+    Case(gaussian, SDPA),
+    Case(two_terms, SDPA),
+    Case(narrow_values, SDPA),
+    Case(nonlinear_query, SDPA),
+    Case(pair, DENSE),
+    Case(grouped, SDPA),
+    Case(narrow_context, SDPA),
+    Case(frozen_attention, SDPA),
+    Case(soft_capped, DENSE),
+    Case(mean, ("einsum", "matmul")),
+    Case(squared, ("einsum", "matmul")),
+    Case(quadratic, ()),
+    Case(linear, ()),
+    Case(spread, ("matmul",)),
+    Case(mixture, ("einsum", "matmul")),
+    Case(energies.interaction + 0.5 * energies.gated, SDPA),
+]
+CONTEXT = [case for case in ENERGIES if case.has_context]
+UNTRANSLATABLE = [Case(looped, ("autograd",)), Case(untranslatable_gate, ("autograd",))]
+
+
+def by_name(case):
+    """The id of a case in a parametrised test."""
+    return case.name
+
+
+def drawn(layer, seed=0):
+    """The layer with every parameter of its energy drawn afresh: a diagonal starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.energy_function.parameters:
+            tensor = getattr(layer, str(parameter.name))
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(values / (tensor.shape[-1] if tensor.dim() > 1 else 1) ** 0.5)
+    return layer
+
+
+def gradients(function, layer, inputs, **fixed):
+    """The output and the gradients of a weighted sum of it for every input and every parameter.
+
+    ``function(**inputs, **fixed)`` may be the layer or anything else made of its parameters.
+    """
+    inputs = {name: z.detach().clone().requires_grad_() for name, z in inputs.items()}
+    out = function(**inputs, **fixed)
+    points = inputs | dict(layer.named_parameters())
+    weights = torch.linspace(0.0, 9.0, out.numel(), dtype=torch.float64, device=out.device)
+    loss = (out.double() * weights.cos().reshape(out.shape)).sum()
+    found = torch.autograd.grad(loss, list(points.values()), allow_unused=True)
+    named = zip(points.items(), found, strict=True)
+    return {"output": out.detach()} | {
+        name: torch.zeros_like(z) if grad is None else grad for (name, z), grad in named
+    }
+
+
+def assert_same(found, truth, rtol):
+    """Every output and gradient of ``gradients`` within a relative error."""
+    for name, expected in truth.items():
+        assert_close(found[name], expected, rtol, name=name)
+
+
+def copy_of(layer, **options):
+    """The same energy, sizes and values derived again with other options."""
+    again = cem.derive(
+        layer.energy_function,
+        causal=layer.causal,
+        dtype=next(layer.parameters()).dtype,
+        **layer.sizes,
+        **options,
+    )
+    again.load_state_dict(layer.state_dict())
+    return again
