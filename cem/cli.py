@@ -141,10 +141,14 @@ def plot(
         typer.Option(metavar="PICTURE.png", help="Where to; by default the energy's name."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of the random input.", min=1)] = 32,
-    steps: Annotated[int, typer.Option(help="How often the energy is descended.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="How often the energy is descended.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Of the parameters and of the input.")] = 0,
 ) -> None:
-    """Derive a layer, run it on random input and draw how the energy of its tokens falls."""
+    """Derive a layer, run it on random input and draw how the energy falls.
+
+    On the left the energy around the last token, with the path of the steps; on the right how far
+    the energy of each token fell, step by step.
+    """
     _prepare(1)
     found = _load(energy)
     import torch
@@ -155,16 +159,20 @@ def plot(
 
     torch.manual_seed(seed)
     layer = _layer(found, sizes or [], steps=steps)
-    h = torch.randn(1, tokens, layer.dim)
-    trace = cem.trace(layer, h)
-    ax = pictures.tokens(trace)
     out = out or Path(f"{found.name}.png")
     buffer = io.BytesIO()
-    ax.figure.savefig(buffer, format=out.suffix[1:] or "png")
-    plt.close(ax.figure)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
+    try:
+        trace = cem.trace(layer, torch.randn(1, tokens, layer.dim))
+        pictures.landscape(trace, ax=left)
+        pictures.tokens(trace, ax=right)
+        figure.savefig(buffer, format=out.suffix[1:] or "png", dpi=150)
+    except ValueError as error:  # a state of one coordinate, a picture of an unknown format
+        raise UserError(_sentence(error)) from error
+    finally:
+        plt.close(figure)
+    print(trace.table())
     _write(out, buffer.getvalue())
-    fell = (trace[0].before[0] > trace[0].after[-1]).double().mean().item()
-    print(f"energy fell for {fell:.1%} of {tokens} tokens after {steps} step{'s' * (steps != 1)}")
 
 
 def _prepare(threads: int | None) -> None:

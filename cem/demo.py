@@ -250,7 +250,7 @@ def _files(model, block, trace, excerpt):
     yield "descent.png", _png(plot.descent(trace))
     short = cem.trace(model, torch.tensor(excerpt[None]))
     text = [chr(b) if 32 < b < 127 or b == 10 else " " for b in excerpt.tolist()]
-    ax = plt.subplots(figsize=(9, 2.8), layout="constrained")[1]  # room for every letter
+    ax = plt.subplots(figsize=(10.5, 2.9), layout="constrained")[1]  # room for every letter
     yield "tokens.png", _png(plot.tokens(short, ax=ax, text=text))
     yield "derivation.html", _page([layer.derivation for layer in block]).encode()
 

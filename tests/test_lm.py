@@ -5,7 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from sympy import Sum
+from torch import nn
 
+import cem
 from cem import lm
 
 
@@ -117,3 +121,67 @@ def test_ngram_order_is_limited():
     text = np.frombuffer(b"abc", np.uint8)
     with pytest.raises(ValueError, match="`order` must be between 0 and 6: got 7"):
         lm.ngram_bits(text, text, np.array([1]), order=7)
+
+
+def model(recent=3, max_seq=12):
+    """A small model with layers of an energy with a context and one without."""
+    dim, hidden = cem.dims("dim hidden")
+    h, x, U = cem.state(dim), cem.context(dim), cem.parameter("U", hidden, dim)
+    W = cem.parameter("W", dim, dim)
+    i, j, m, s = dim.index("i"), dim.index("j"), hidden.index("m"), x.index("s")
+    score = Sum(Sum(W[i, j] * x[s, j], j) * h[i], i)
+    pull = cem.Energy(-cem.logsumexp(score, s), name="pull")
+    plain = cem.Energy(-Sum(cem.relu(Sum(U[m, i] * h[i], i)) ** 2, m) / 2, name="plain")
+    layers = [
+        cem.derive(pull, dim=8, norm=nn.RMSNorm),
+        cem.derive(plain, dim=8, hidden=5, norm=nn.RMSNorm),
+    ]
+    return lm.LanguageModel(256, 8, layers, max_seq, recent=recent)
+
+
+@pytest.mark.parametrize("recent", [1, 3, 20])
+def test_the_future_does_not_reach_the_past(recent):
+    net = model(recent)
+    tokens = torch.randint(256, (2, 12), dtype=torch.uint8)
+    other = tokens.clone()
+    other[:, 7:] += 1
+    assert torch.equal(net(tokens)[:, :7], net(other)[:, :7])
+    assert not torch.equal(net(tokens)[:, 7:], net(other)[:, 7:])
+
+
+def test_recent_tokens_reach_the_first_state():
+    net = model(recent=3)
+    net.layers = nn.ModuleList()
+    tokens = torch.randint(256, (1, 12), dtype=torch.uint8)
+    other = tokens.clone()
+    other[:, 4] += 1
+    changed = (net(tokens) != net(other)).any(-1).squeeze(0)
+    assert changed.nonzero().flatten().tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("length", [1, 2, 12])
+def test_any_length_up_to_the_longest(length):
+    net = model(recent=5)
+    assert net(torch.zeros(1, length, dtype=torch.uint8)).shape == (1, length, 256)
+    with pytest.raises(ValueError, match="at most 12 tokens: got 13; make it with `max_seq=13`"):
+        net(torch.zeros(1, 13, dtype=torch.uint8))
+
+
+def test_losses_are_those_of_the_next_token():
+    net = model()
+    windows = torch.randint(256, (3, 13), dtype=torch.uint8)
+    log_p = net(windows[:, :-1]).log_softmax(-1)
+    expected = -log_p.gather(-1, windows[:, 1:, None].long()).squeeze(-1)
+    torch.testing.assert_close(net.losses(windows), expected, rtol=1e-5, atol=1e-5)
+    assert abs(net.losses(windows).mean().item() - math.log(256)) < 0.5  # close to uniform
+
+
+def test_the_model_learns():
+    net = model()
+    windows = torch.arange(13, dtype=torch.uint8).repeat(4, 1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net.losses(windows).mean().backward()
+        optimizer.step()
+    assert net.losses(windows).mean() < 1.0
