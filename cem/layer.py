@@ -270,7 +270,7 @@ class EnergyLayer(nn.Module):
         """The scalars by name; a learned one at its present value."""
         found = {scalar.name: float(value) for scalar, value in self._fixed.items()}
         for scalar, value in zip(self._learned, self.values()[len(self.energy_function.parameters) :], strict=True):
-            found[scalar.name] = float(value)
+            found[scalar.name] = float(value.detach())
         return found
 
     @property
