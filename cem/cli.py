@@ -171,8 +171,8 @@ def plot(
         raise UserError(_sentence(error)) from error
     finally:
         plt.close(figure)
-    print(trace.table())
     _write(out, buffer.getvalue())
+    print(trace.table())
 
 
 def _prepare(threads: int | None) -> None:
