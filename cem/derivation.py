@@ -30,7 +30,7 @@ from .language.document import (
     paragraph,
 )
 from .language.notation import latex, terms
-from .language.symbols import Frozen, Scalar, Tensor
+from .language.symbols import Frozen, Scalar, NamedArray
 from .language.words import WORDS
 
 STAGES = {
@@ -250,7 +250,7 @@ def _force_on(entry: Indexed) -> Math:
     return Math(rf"-\frac{{\partial E}}{{\partial {shown.latex}}}", f"-∂E/∂{shown.text}")
 
 
-def _shape(base: Tensor) -> str:
+def _shape(base: NamedArray) -> str:
     return " × ".join(str(size).replace("*", "·") for size in base.shape)
 
 

@@ -17,7 +17,7 @@ from .language import serial
 from .language.canonical import canonical, free_indices
 from .language.evaluation import Evaluator
 from .language.notation import latex
-from .language.symbols import Context, Dim, Frozen, Parameter, Scalar, State, Tensor
+from .language.symbols import Context, Dim, Frozen, Parameter, Scalar, State, NamedArray
 from .language.tracing import Untranslatable, signature, translate
 
 RESERVED = ("h", "x", "frozen", "visible", "causal")
@@ -232,7 +232,7 @@ class Energy:
         self, h: torch.Tensor, x: torch.Tensor | None, values: Mapping[str, torch.Tensor]
     ) -> dict[Symbol, int]:
         """Named sizes from the shapes of tensors; ``ValueError`` where they contradict each other."""
-        given: list[tuple[Tensor, torch.Tensor]] = [(self.state, h)]
+        given: list[tuple[NamedArray, torch.Tensor]] = [(self.state, h)]
         if self.context is not None:
             if x is None:
                 raise ValueError(f"energy `{self.name}` needs its context: call it with `{self.context.name}`")
@@ -325,8 +325,8 @@ def _check_free(expression: Expr, name: str) -> None:
         )
 
 
-def _check_bases(bases: list[Tensor], name: str) -> None:
-    seen: dict[str, Tensor] = {}
+def _check_bases(bases: list[NamedArray], name: str) -> None:
+    seen: dict[str, NamedArray] = {}
     for base in bases:
         other = seen.setdefault(str(base.name), base)
         if other != base:

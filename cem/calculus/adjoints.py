@@ -8,7 +8,7 @@ from sympy import Expr, Indexed, Integer
 
 from ..language.canonical import rename
 from ..language.definitions import Definition, with_own_letters
-from ..language.symbols import Tensor
+from ..language.symbols import NamedArray
 from .gradient import sweep
 
 
@@ -28,7 +28,7 @@ def adjoints(energy: Expr, features: Iterable[Definition]) -> Iterator[tuple[Ind
     [(u[m], u[m])]
     """
     moving = {d.tensor: d for d in features if d.stage == "state" and not d.is_weights}
-    found: dict[Tensor, Expr] = {}
+    found: dict[NamedArray, Expr] = {}
 
     def pull(root: Expr, seed: Expr) -> None:
         for leaf, adjoint in sweep(root, seed):

@@ -9,7 +9,7 @@ from sympy import Expr, Idx, Indexed, preorder_traversal
 from ..language.definitions import Definition
 from ..language.document import Math, Part
 from ..language.notation import terms
-from ..language.symbols import SEQ, Context, Parameter, State, Tensor, is_word, size_of
+from ..language.symbols import SEQ, Context, Parameter, State, NamedArray, is_word, size_of
 
 
 def known_forms(
@@ -61,7 +61,7 @@ class _Term:
             self.scored = [d for d in definitions if d.tensor in inside]
 
 
-def _bases(expression: Expr) -> set[Tensor]:
+def _bases(expression: Expr) -> set[NamedArray]:
     return {leaf.base for leaf in expression.atoms(Indexed)}
 
 
@@ -84,7 +84,7 @@ def _attention(part: _Term) -> list[Part]:
     return told
 
 
-def _again(part: _Term, tokens: Tensor) -> list[Part]:
+def _again(part: _Term, tokens: NamedArray) -> list[Part]:
     scales = [Math.of(b) for b in part.bases if isinstance(b, Parameter)]
     told = ["The same weights also average ", Math.of(tokens)]
     told += [", scaled coordinate by coordinate by ", scales[0]] if scales else []

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, log
 
-from ..language.canonical import canonical, free_indices, rename
+from ..language.canonical import LETTERS, canonical, free_indices, rename
 from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, spelling, split, total
 from ..language.words import word_of
 
@@ -26,8 +26,9 @@ def depends_on_state(expression: Expr) -> bool:
 
 
 def output_index(width: Expr) -> Idx:
-    """The free index of a gradient: d, over the width of the state."""
-    return index("d", width)
+    """The free index of a gradient: d over the width of the state, or o where sizes bind the letter d."""
+    letters = LETTERS.get(str(width), str(width)[:1])
+    return index("o" if "d" in letters else "d", width)
 
 
 def gradient(energy: Expr, width: Expr) -> Expr:

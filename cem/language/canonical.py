@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, Sum, Symbol, exp, log
 
-from .symbols import SEQ, LogSumExp, Ravel, Softmax, Tensor, size_of, split, total
+from .symbols import SEQ, LogSumExp, Ravel, NamedArray, Softmax, size_of, spelling, split, total
 from .words import Activation, relu, step
 
 Indices = frozenset[Idx]
@@ -54,7 +54,7 @@ def free_indices(expression: Expr) -> Indices:
             return (free_indices(body) - frozenset(split(slot))) | {idx}
         case Indexed():
             return frozenset().union(*map(free_indices, expression.indices))
-        case Tensor() | Symbol():
+        case NamedArray() | Symbol():
             return frozenset()
     if not expression.args:
         return frozenset()
@@ -162,9 +162,16 @@ class _Normaliser(_Renamer):
         return Mul(*outside, Ravel(Mul(*inside), slot, idx))
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
-        # The context first, so that what does not depend on it stays outside its averages; the rest by name, so
-        # that the order in which it was written does not matter.
-        for idx in sorted(indices, key=lambda idx: (size_of(idx) != SEQ, str(size_of(idx)))):
+        # The context first, so that what does not depend on it stays outside its averages; then the index that
+        # the fewest factors share, so that the order in which the sums were written does not matter.
+        left = set(indices)
+        while left:
+            factors = [free_indices(factor) for factor in Mul.make_args(body)]
+            idx = min(
+                left,
+                key=lambda idx: (size_of(idx) != SEQ, sum(idx in f for f in factors), spelling(idx)),
+            )
+            left.remove(idx)
             body = self.sum_one(body, idx)
         return body
 
@@ -245,7 +252,7 @@ def _name(expression: Expr) -> Expr:
     done: set[Basic] = set()
 
     def visit(node: Basic) -> None:
-        if node in done or isinstance(node, Idx | Indexed | Tensor | Symbol):
+        if node in done or isinstance(node, Idx | Indexed | NamedArray | Symbol):
             return
         done.add(node)
         for arg in node.args:
@@ -276,7 +283,7 @@ def bound_indices(node: Basic) -> tuple[Idx, ...]:
 
 def _binders_around(node: Basic, idx: Idx, size: Expr) -> set[Idx]:
     """Indices over ``size`` bound below ``node`` by reductions in which ``idx`` is free."""
-    if isinstance(node, Idx | Indexed | Tensor | Symbol) or idx not in free_indices(node):
+    if isinstance(node, Idx | Indexed | NamedArray | Symbol) or idx not in free_indices(node):
         return set()
     found = {other for other in bound_indices(node) if size_of(other) == size}
     return found.union(*(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr)))
@@ -290,7 +297,7 @@ def _rebuilt(
         return memo[node]
     if isinstance(node, Idx):
         found = names.get(node, node)
-    elif isinstance(node, Tensor | Symbol) or not node.args:
+    elif isinstance(node, NamedArray | Symbol) or not node.args:
         found = node
     elif isinstance(node, Sum):
         bound = sorted(bound_indices(node), key=lambda idx: (str(size_of(idx)), heights[idx]))

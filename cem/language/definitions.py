@@ -22,11 +22,11 @@ from .symbols import (
     Ravel,
     Softmax,
     State,
-    Tensor,
+    NamedArray,
     size_of,
 )
 
-STAGES: dict[str, type[Tensor]] = {
+STAGES: dict[str, type[NamedArray]] = {
     "parameters": Parameter,
     "state": State,
     "context": Context,
@@ -42,7 +42,7 @@ class Definition:
     ``"frozen"`` or nothing (``"parameters"``).
     """
 
-    tensor: Tensor
+    tensor: NamedArray
     indices: tuple[Idx, ...]
     expression: Expr
     stage: str
@@ -119,7 +119,7 @@ class Naming:
         return canonical(self._visit(expression, free_indices(expression), {}))
 
     def _visit(self, node: Expr, outer: frozenset[Idx], memo: dict[Expr, Expr]) -> Expr:
-        if not node.args or isinstance(node, Idx | Indexed | Tensor | Symbol):
+        if not node.args or isinstance(node, Idx | Indexed | NamedArray | Symbol):
             return node
         if node not in memo:
             memo[node] = self._rebuild(node, outer, memo)

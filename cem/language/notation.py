@@ -218,7 +218,7 @@ class _Notation:
                 return self.index(node)
             case Indexed():
                 return self.entry(str(node.base.label), node.indices)
-            case symbols.Tensor():
+            case symbols.NamedArray():
                 return self.entry(str(node.label), ())
             case symbols.Dim() if node == SEQ:
                 return "|V|"

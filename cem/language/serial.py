@@ -31,7 +31,7 @@ from sympy import (
 from sympy import E as euler
 
 from . import symbols
-from .symbols import Dim, LogSumExp, Ravel, Scalar, Softmax, Tensor, index, size_of, split
+from .symbols import Dim, LogSumExp, Ravel, Scalar, Softmax, NamedArray, index, size_of, split
 from .words import WORDS
 
 VERSION = 1
@@ -39,7 +39,7 @@ MAX_DEPTH = 100
 MAX_NODES = 100_000
 MAX_CHARACTERS = 4_000_000
 
-KINDS: dict[str, type[Tensor]] = {
+KINDS: dict[str, type[NamedArray]] = {
     "state": symbols.State,
     "frozen": symbols.Frozen,
     "context": symbols.Context,
@@ -220,7 +220,7 @@ class _Writer(_Walk):
         row = {"kind": "scalar", "default": default, "positive": bool(node.is_positive)}
         return self.add(node, node.name, row, path)
 
-    def tensor(self, base: Tensor, path: str, depth: int) -> str:
+    def tensor(self, base: NamedArray, path: str, depth: int) -> str:
         kind = next(kind for kind, meaning in KINDS.items() if type(base) is meaning)
         shape = [self.tree(size, f"{path}.shape", depth + 1) for size in base.shape]
         return self.add(base, str(base.label), {"kind": kind, "shape": shape}, path)

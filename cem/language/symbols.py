@@ -74,7 +74,7 @@ def spelling(idx: Idx) -> tuple[str, str]:
     return str(size_of(idx)), idx.label.name
 
 
-class Tensor(IndexedBase):
+class NamedArray(IndexedBase):
     """A named array of the language; its entries are written with brackets, ``Q[a, r, i]``."""
 
     is_real = True
@@ -84,23 +84,23 @@ class Tensor(IndexedBase):
         return index(name, self.shape[0])
 
 
-class State(Tensor):
+class State(NamedArray):
     """The vector of one token that the layer moves, shape (dim,)."""
 
 
-class Frozen(Tensor):
+class Frozen(NamedArray):
     """The state's own value at the input of the layer; fixed in dE/dh only."""
 
 
-class Context(Tensor):
+class Context(NamedArray):
     """The tokens that a token may see, shape (seq, dim)."""
 
 
-class Parameter(Tensor):
+class Parameter(NamedArray):
     """A learned array with named sizes."""
 
 
-def _tensor(kind: type[Tensor], name: str, shape: Iterable[Expr]) -> Tensor:
+def _tensor(kind: type[NamedArray], name: str, shape: Iterable[Expr]) -> NamedArray:
     return kind(Symbol(name, real=True), shape=tuple(shape))
 
 
@@ -228,6 +228,10 @@ class Reduction(Expr):
 class LogSumExp(Reduction):
     """log sum_s exp(body); 0 over an empty visible set, so that an unseen context contributes nothing."""
 
+    def _latex(self, printer) -> str:
+        body, idx = map(printer.doprint, self.args)
+        return rf"\log \sum_{{{idx}}} e^{{{body}}}"
+
     @property
     def free_symbols(self):
         return self.body.free_symbols - {self.index}
@@ -242,6 +246,10 @@ class Softmax(Reduction):
 
     is_nonnegative = True
 
+    def _latex(self, printer) -> str:
+        body, idx = map(printer.doprint, self.args)
+        return rf"\operatorname{{softmax}}_{{{idx}}}\left({body}\right)"
+
 
 class Ravel(Expr):
     """An expression in several indices read through the flat index of their slot: ``args = (body, slot, index)``.
@@ -251,6 +259,10 @@ class Ravel(Expr):
 
     is_commutative = True
     is_real = True
+
+    def _latex(self, printer) -> str:
+        body, slot, idx = map(printer.doprint, self.args)
+        return rf"\left[{body}\right]_{{{slot} = {idx}}}"
 
 
 def logsumexp(expression: Expr, *indices: Idx) -> Expr:
@@ -339,7 +351,7 @@ def split(slot: Expr) -> tuple[Idx, ...]:
     return tuple(order)
 
 
-def entry(base: Tensor, slots: Iterable[Expr]) -> Indexed:
+def entry(base: NamedArray, slots: Iterable[Expr]) -> Indexed:
     """``base[slots]`` without the checks of the brackets."""
     return Indexed(base, *slots)
 

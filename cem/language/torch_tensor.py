@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp, sympify
 
 from .canonical import free_indices, rename
-from .symbols import SEQ, Dim, LogSumExp, Softmax, Tensor, entry, join, size_of, total
+from .symbols import SEQ, Dim, LogSumExp, Softmax, NamedArray, entry, join, size_of, total
 
 Axis = tuple[Idx, ...]
 Label = Hashable
@@ -92,7 +92,7 @@ def fresh(size: Expr) -> Axis:
     return (Idx(Dummy(str(size)[0], integer=True), size),)
 
 
-def leaf(base: Tensor) -> Value:
+def leaf(base: NamedArray) -> Value:
     """A named array with one index on each axis."""
     axes = tuple(map(fresh, base.shape))
     return Value(entry(base, [axis[0] for axis in axes]), axes)

@@ -9,7 +9,7 @@ from sympy.core.expr import Expr
 from torch import fx
 
 from ..language.canonical import free_indices
-from ..language.symbols import SEQ, Context, Dim, Frozen, State, Tensor, index, size_of
+from ..language.symbols import SEQ, Context, Dim, Frozen, State, NamedArray, index, size_of
 
 BATCH = index("batch", Dim("batch"))
 TOKEN = index("t", Dim("tokens"))
@@ -45,7 +45,7 @@ def rank_of_axis(idx: Idx) -> int:
     return 2 if is_seq(idx) else 3
 
 
-def sources(expression: Expr) -> frozenset[type[Tensor] | str]:
+def sources(expression: Expr) -> frozenset[type[NamedArray] | str]:
     """What an expression is computed from: State, Frozen, Context, and "visible" where a reduction is masked."""
     found: set = set()
     stack = [expression]
