@@ -65,6 +65,34 @@ CASES = (
 )
 
 
+class AutogradOfEnergy(nn.Module):
+    """The layer as automatic differentiation of its energies, all tokens at once.
+
+    The energies are written out over all pairs of tokens; the context is held fixed and training
+    gradients flow through it.
+    """
+
+    def __init__(self, layer: cem.EnergyLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, h: Tensor) -> Tensor:
+        training = torch.is_grad_enabled()
+        with torch.enable_grad():
+            state = h.view_as(h) if training and h.requires_grad else h.detach().requires_grad_()
+            energy = self.layer.energy(state, context=h, frozen=h).sum()
+            (gradient,) = torch.autograd.grad(energy, state, create_graph=training)
+        return h - gradient
+
+
+def interaction_as(kind: str, settings: Settings) -> nn.Module:
+    """The interaction layer: in closed form, as autograd of all tokens, or of one, mapped."""
+    if kind == "vmap":
+        return interaction_layer(settings, lowering="autograd")
+    layer = interaction_layer(settings, lowering="fused")
+    return AutogradOfEnergy(layer) if kind == "autograd" else layer
+
+
 def backward(module: nn.Module, h: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """The gradients of ``(module(h) * weights).sum()`` for h and every parameter, in that order."""
     return torch.autograd.grad(module(h), [h, *module.parameters()], weights)

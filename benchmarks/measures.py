@@ -13,7 +13,14 @@ from torch import nn
 import cem
 
 from . import cold
-from .cases import CASES, backward, gated_layer, interaction_layer, largest_difference
+from .cases import (
+    CASES,
+    backward,
+    gated_layer,
+    interaction_as,
+    interaction_layer,
+    largest_difference,
+)
 from .memory import exponent, fresh_peak
 from .report import Row, of_pair
 from .settings import Settings
@@ -86,30 +93,39 @@ def _both_modes(title, what, ours, theirs, seq, settings, most=None) -> Iterator
 def autograd(settings: Settings) -> Iterator[Row]:
     """The closed form against autograd of the same energy, on the same parameters."""
     title = "Time of autograd of the energy / derived layer"
-    fused = interaction_layer(settings, lowering="fused")
-    fused = fused.to(settings.device, settings.torch_dtype)
-    reference = interaction_layer(settings, lowering="autograd")
-    reference = reference.to(settings.device, settings.torch_dtype)
-    reference.load_state_dict(fused.state_dict())
-    for seq in settings.autograd_seqs:
-        least = AUTOGRAD if seq == settings.autograd_seqs[-1] else None
-        forward, training = _both_modes(title, "interaction", reference, fused, seq, settings)
-        yield from (forward, replace(training, least=least))
+    fused = interaction_as("fused", settings).to(settings.device, settings.torch_dtype)
+    names = {
+        "autograd": ("interaction, autograd of all tokens", settings.autograd_seqs, AUTOGRAD),
+        "vmap": ('interaction, `lowering="autograd"`', settings.vmap_seqs, None),
+    }
+    for kind, (name, seqs, bar) in names.items():
+        reference = interaction_as(kind, settings).to(settings.device, settings.torch_dtype)
+        for mine, other in zip(fused.parameters(), reference.parameters(), strict=True):
+            other.data.copy_(mine.data)
+        for seq in seqs:
+            forward, training = _both_modes(title, name, reference, fused, seq, settings)
+            yield from (forward, replace(training, least=bar if seq == seqs[-1] else None))
 
 
 def memory(settings: Settings) -> Iterator[Row]:
     """How the peak memory of a forward and backward pass grows with the number of tokens."""
     title = "Exponent of T in the peak memory, forward and backward"
+    names = {
+        "fused": "derived",
+        "autograd": "autograd of all tokens",
+        "vmap": '`lowering="autograd"`',
+    }
     wanted = (
         ("fused", settings.fused_memory, LINEAR),
         ("autograd", settings.autograd_memory, None),
+        ("vmap", settings.vmap_memory, None),
     )
-    for lowering, seqs, most in wanted:
-        points = {seq: fresh_peak(lowering, seq, settings) for seq in seqs}
+    for kind, seqs, most in wanted:
+        points = {seq: fresh_peak(kind, seq, settings) for seq in seqs}
         listed = ", ".join(f"{value / MIB:.0f}" for value in points.values())
         yield Row(
             title,
-            f"interaction, {lowering}, T={', '.join(map(str, seqs))}",
+            f"interaction, {names[kind]}, T={', '.join(map(str, seqs))}",
             exponent(points),
             unit="",
             most=most,

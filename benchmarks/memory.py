@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import backward, interaction_layer
+from .cases import backward, interaction_as
 from .settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,13 +39,13 @@ def _reset_peak() -> bool:
     return _status("VmHWM") <= _status("VmRSS") + 2**20
 
 
-def peak_bytes(lowering: str, seq: int, settings: Settings) -> int:
+def peak_bytes(kind: str, seq: int, settings: Settings) -> int:
     """How far memory rises above inputs and parameters in one forward and backward pass."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
-    kind = {"device": settings.device, "dtype": settings.torch_dtype}
-    layer = interaction_layer(settings, lowering=lowering).to(**kind)
-    h = torch.randn(settings.batch, seq, settings.dim, **kind, requires_grad=True)
+    where = {"device": settings.device, "dtype": settings.torch_dtype}
+    layer = interaction_as(kind, settings).to(**where)
+    h = torch.randn(settings.batch, seq, settings.dim, **where, requires_grad=True)
     weights = torch.randn_like(h)
     # Libraries that load lazily are loaded by a short pass.
     backward(layer, h.detach()[:, :4].clone().requires_grad_(), weights[:, :4].clone())
@@ -65,14 +65,14 @@ def peak_bytes(lowering: str, seq: int, settings: Settings) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def fresh_peak(lowering: str, seq: int, settings: Settings) -> int:
+def fresh_peak(kind: str, seq: int, settings: Settings) -> int:
     """``peak_bytes`` in a process of its own."""
     options = json.dumps(dataclasses.asdict(settings))
-    command = [sys.executable, "-m", "benchmarks.memory", lowering, str(seq), options]
+    command = [sys.executable, "-m", "benchmarks.memory", kind, str(seq), options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"peak memory of {lowering} at T = {seq}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"peak memory of {kind} at T = {seq}: {done.stderr[-2000:]}")
     return int(done.stdout)
 
 

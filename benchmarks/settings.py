@@ -20,6 +20,8 @@ class Settings:
         fused_memory, autograd_memory: at which the peak memory is measured, for the exponent.
         rounds, least_rounds, seconds: a comparison ends after so many rounds, or after so many
             seconds if the least number of rounds is done.
+        vmap_seqs, vmap_memory: the same for ``lowering="autograd"``, whose memory in training is
+            that of (batch, heads, T, T, rank): 3 GiB at T = 512.
         sample: seconds that one timed sample lasts at least, by repetition.
         processes, derive_processes: fresh processes for the import, and for each energy.
         energies: names of the gallery energies to derive cold; all if empty.
@@ -41,6 +43,8 @@ class Settings:
     trace_seqs: tuple[int, ...] = (1024, 2048)
     fused_memory: tuple[int, ...] = (512, 1024, 2048, 4096)
     autograd_memory: tuple[int, ...] = (512, 1024, 2048)
+    vmap_seqs: tuple[int, ...] = (256,)
+    vmap_memory: tuple[int, ...] = (64, 128, 256)
     rounds: int = 60
     least_rounds: int = 7
     seconds: float = 15.0
@@ -69,6 +73,8 @@ class Settings:
             trace_seqs=(16,),
             fused_memory=(64, 128),
             autograd_memory=(64, 128),
+            vmap_seqs=(16,),
+            vmap_memory=(32, 64),
             rounds=3,
             least_rounds=3,
             seconds=0.5,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cold, layers, memory, report
-from benchmarks.cases import CASES, largest_difference
+from benchmarks.cases import CASES, AutogradOfEnergy, backward, largest_difference
 from benchmarks.settings import Settings
 from benchmarks.timing import Pair, interleave
 
@@ -24,6 +24,19 @@ def test_hand_written_layers_equal_the_derived_ones(case, beta, device):
     assert largest_difference(case, settings) < 1e-12
 
 
+def test_autograd_of_all_tokens_equals_the_derived_layer(device):
+    settings = replace(Settings().quick(), device=str(device))
+    layer = CASES[0].derive(settings).to(device, torch.float64)
+    other = AutogradOfEnergy(layer)
+    h, weights = torch.randn(2, 2, 9, settings.dim, device=device, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(other(h), layer(h), rtol=1e-12, atol=1e-12)
+    h.requires_grad_()
+    pairs = zip(backward(other, h, weights), backward(layer, h, weights), strict=True)
+    for one, two in pairs:
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
 def test_a_wrong_twin_is_found():
     case = CASES[0]
     other = replace(case, write=lambda layer: type(case.write(layer))(layer.Q, layer.K, beta=0.3))
@@ -36,7 +49,7 @@ def test_a_run_in_process(tmp_path, capsys):
     path = tmp_path / "run.json"
     report.save(run, path)
     rows = report.rows_of(json.loads(path.read_text("utf-8")))
-    assert len(rows) == 2 * len(CASES) + 2 + 2 + 4
+    assert len(rows) == 2 * len(CASES) + 2 + 4 + 4
     assert all(row.value > 0 and row.met is None for row in rows)
     assert len(capsys.readouterr().err.splitlines()) == len(rows)
     table = report.text(rows)
