@@ -100,11 +100,11 @@ class Evaluator:
                 keep = tuple(axis for axis in axes if axis not in split(slot))
                 tensor = self._spread((tensor, axes), (*keep, *split(slot)))
                 return tensor.flatten(len(keep)), (*keep, idx)
-        if expression.is_number:
-            return self.like.new_tensor(float(expression)), ()
         if is_word(expression):
             tensor, axes = self.value(expression.args[0])
             return word_of(expression.func).torch(tensor), axes
+        if expression.is_number:
+            return self.like.new_tensor(float(expression)), ()
         raise ValueError(f"`{type(expression).__name__}` is not a word of the language: got {expression}")
 
     def _leaf(self, expression: Indexed) -> tuple[Tensor, Axes]:

@@ -95,7 +95,7 @@ class silu_antiderivative(Activation):
 class Word:
     """One row of the table.
 
-    ``curvature`` is the shape of the function on the whole real line (``convex``, ``concave`` or ``None``),
+    ``curvature`` is the shape of the function on its domain (``convex``, ``concave`` or ``None``),
     ``monotone`` is +1, -1 or 0, ``sign`` is +1 where it is never negative, else 0: what the rules of
     disciplined convex programming need.
     """
@@ -119,6 +119,11 @@ def _softplus(z: Tensor) -> Tensor:
     return F.softplus(z, threshold=40.0)
 
 
+def _normal_cdf(z: Tensor) -> Tensor:
+    # torch.special.ndtr loses the left tail: it is 0 below -9 in float64.
+    return 0.5 * torch.erfc(z * -math.sqrt(0.5))
+
+
 def _normal_pdf(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
 
@@ -140,7 +145,7 @@ def _relu_antiderivative(z: Tensor) -> Tensor:
 
 
 def _gelu_antiderivative(z: Tensor) -> Tensor:
-    return 0.5 * ((z * z - 1.0) * torch.special.ndtr(z) + z * _normal_pdf(z))
+    return 0.5 * ((z * z - 1.0) * _normal_cdf(z) + z * _normal_pdf(z))
 
 
 def _silu_antiderivative(z: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ WORDS: tuple[Word, ...] = (
     Word(sympy.exp, sympy.exp, torch.exp, r"\exp", "convex", +1, +1, sympy.exp),
     Word(sympy.log, lambda z: 1 / z, torch.log, r"\log", "concave", +1),
     Word(sympy.Abs, sympy.sign, torch.abs, r"\left|{}\right|", "convex", 0, +1),
-    Word(sympy.sign, lambda z: Integer(0), torch.sign, r"\operatorname{sign}"),
+    Word(sympy.sign, lambda z: Integer(0), torch.sign, r"\operatorname{sign}", None, +1),
     Word(sympy.sin, sympy.cos, torch.sin, r"\sin"),
     Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", antiderivative=sympy.sin),
     Word(sympy.tanh, lambda z: 1 - sympy.tanh(z) ** 2, torch.tanh, r"\tanh", None, +1, 0, log_cosh),
@@ -232,7 +237,7 @@ WORDS: tuple[Word, ...] = (
         +1,
         relu,
     ),
-    Word(normal_cdf, normal_pdf, torch.special.ndtr, r"\Phi", None, +1, +1),
+    Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1),
     Word(normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf),
     Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1),
     Word(
