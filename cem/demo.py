@@ -33,14 +33,14 @@ class Recipe:
     heads: int = 4
     rank: int = 32
     hidden: int = 344
-    blocks: int = 4
-    context: int = 128
+    blocks: int = 2
+    context: int = 64
     recent: int = 4
-    batch: int = 4
+    batch: int = 8
     learning_rate: float = 2e-3
     warm_up: float = 0.05  # share of the training
     weight_decay: float = 0.1
-    test_windows: int = 1024
+    test_windows: int = 2048
     trace_windows: int = 64
 
     def sizes_for(self, energy: cem.Energy) -> dict[str, float]:
@@ -103,17 +103,20 @@ def run(
     model = build(energies, recipe)
     block = model.layers[: len(energies)]
     for energy, layer in zip(energies, block, strict=True):
-        _say("derived", f"{energy.name:<14}{layer.lowering.kind}: {_kernels(layer)}")
+        _say("derived", f"{energy.name}: {layer.lowering.kind}, {_kernels(layer)}")
+        for reason in layer.lowering.reasons:
+            _say("", reason)
     parameters = sum(p.numel() for p in model.parameters())
-    _say("model", f"{recipe.blocks} blocks of {len(block)} layers, {parameters:,} parameters")
+    blocks = f"{_count(recipe.blocks, 'block')} of {_count(len(block), 'layer')}"
+    _say("model", f"{blocks}, {parameters:,} parameters, {recipe.context} bytes of context")
 
     windows = lm.batches(corpus.train, batch=recipe.batch, context=recipe.context, seed=seed)
     training = train(model, windows, recipe, seconds=seconds, steps=steps)
-    size = recipe.batch * recipe.context
+    read = training.steps * recipe.batch * recipe.context
+    threads = _count(torch.get_num_threads(), "thread")
+    _say("trained", f"{training.steps:,} steps, {read:,} bytes read, seed {seed}")
     _say(
-        "trained",
-        f"{training.seconds:.1f} s, {training.steps:,} steps of {size:,} bytes, "
-        f"{torch.get_num_threads()} threads, seed {seed}",
+        "", f"{training.seconds:.1f} s on {threads}, {read / training.seconds:,.0f} bytes a second"
     )
 
     held_out, positions = lm.even_windows(
@@ -121,7 +124,7 @@ def run(
     )
     bits = held_out_bits(model, held_out)
     counted = [
-        lm.ngram_bits(train, corpus.held_out, positions)
+        lm.ngram_bits(train, corpus.held_out, positions, order=5)
         for train in (corpus.train, training.windows)
     ]
     _report_bits(bits, counted, positions.size)
@@ -172,7 +175,7 @@ def train(
         betas=(0.9, 0.95),
         fused=True,
     )
-    read = []
+    read, losses = [], []
     total, unit = (seconds, "s") if steps is None else (steps, "steps")
     # On a terminal the bar moves; in a log it says a line now and then.
     bar = tqdm(
@@ -194,9 +197,10 @@ def train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             elapsed = time.perf_counter() - start
+            losses.append(loss.item() / math.log(2))
             speed = len(read) * recipe.batch * recipe.context / elapsed
             bar.set_postfix_str(
-                f"loss {loss.item() / math.log(2):.3f} bits, {speed:,.0f} tokens/s", refresh=False
+                f"loss {np.mean(losses[-50:]):.2f} bits, {speed:,.0f} tokens/s", refresh=False
             )
             bar.update(min(elapsed, seconds) - bar.n if steps is None else 1)
     return Training(len(read), elapsed, np.concatenate(read))
@@ -213,35 +217,39 @@ def _say(label: str, text: str) -> None:
     print(f"{label:<10}{text}".rstrip(), flush=True)
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def _kernels(layer: cem.EnergyLayer) -> str:
-    names = ", ".join(dict.fromkeys(layer.lowering.kernels)) or "none"
-    return names if layer.lowering.kind == "fused" else f"{names} ({layer.lowering.reasons})"
+    return ", ".join(layer.lowering.kernels) or layer.lowering.kind
 
 
 def _report_bits(bits: float, counted: list[np.ndarray], size: int) -> None:
-    print(f"\nheld-out bits per byte, {size:,} bytes predicted (lower is better)")
+    print(f"\nheld-out bits per byte, {size:,} bytes, lower is better")
     print(f"  {'':<34}{'whole text':>12}{'bytes read':>12}")
     print(f"  {'uniform':<34}{8:>12.3f}{8:>12.3f}")
     for k, (whole, same) in enumerate(zip(*counted, strict=True)):
-        name = f"counts after {k} byte{'s' * (k != 1)} (Witten-Bell)"
+        name = f"n-gram, {_count(k, 'byte')} of context"
         print(f"  {name:<34}{whole:>12.3f}{same:>12.3f}")
     print(f"  {'this model':<34}{'':>12}{bits:>12.3f}")
-    print("  columns: trained on the whole training text; only on the bytes that the model read")
+    print("  whole text: fitted to all of the training text; bytes read: to what the model read")
+    print("  n-gram: interpolated counts with Witten-Bell smoothing")
 
 
 def _report_descent(model: lm.LanguageModel, trace: cem.EnergyTrace, size: int) -> None:
     print(f"\nenergy before and after each layer, {size:,} held-out tokens, context fixed")
-    print(
-        f"  {'layer':<12}{'energy':<14}{'kernels':<20}{'median drop':>12}{'tokens that fell':>18}"
-    )
+    heads = f"{'step size':>11}{'median drop':>13}{'tokens that fell':>18}"
+    print(f"  {'layer':<10}{'energy':<13}{'kernels':<14}{heads}")
     layers = dict(model.named_modules())
     for part in trace:
+        layer = layers[part.name]
         drop = part.before[0] - part.after[-1]  # (B, T)
         fell = (drop > 0).double().mean().item()
-        kernels = _kernels(layers[part.name])
+        step_size = layer.update.step_size.item()
         print(
-            f"  {part.name:<12}{part.energy_name:<14}{kernels:<20}"
-            f"{drop.median().item():>12.3g}{fell:>17.2%}"
+            f"  {part.name:<10}{part.energy_name:<13}{_kernels(layer):<14}"
+            f"{step_size:>11.3f}{drop.median().item():>13.3g}{fell:>18.2%}"
         )
 
 

@@ -41,7 +41,7 @@ def test_a_file_keeps_its_side_when_others_come_and_go(tmp_path):
 
 
 def test_test_suites_and_installed_packages_are_left_out(tmp_path):
-    for name in ("test", "site-packages", "idlelib/idle_test"):
+    for name in ("test", "site-packages", "idlelib/idle_test", "encodings"):
         (folder(tmp_path) / name).mkdir(parents=True)
         (tmp_path / name / "a.py").write_text("left = 'out'\n")
     corpus = lm.python_sources(tmp_path)

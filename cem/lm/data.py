@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages"),  # not on every machine
+    *("encodings", "pydoc_data"),  # tables and texts that a program wrote
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def python_sources(root: str | Path | None = None, *, held_out: float = 0.05) ->
 
     A file is held out when the SHA-256 of its relative path, read as a number in [0, 1), is below
     `held_out`. The split depends on names alone, so a file keeps its side from one version to the
-    next. Test suites and installed packages are left out, since not every machine has them.
+    next. Tests, installed packages and generated tables are left out, see `_LEFT_OUT`.
 
     Args:
         root: the folder; None takes ``sysconfig.get_path("stdlib")``.
