@@ -60,7 +60,7 @@ class GradientDescent(AbstractUpdate):
     def update(self, h: Tensor, gradient: Tensor, state: None, scale: float = 1.0) -> tuple[Tensor, None]:
         if self.learn:
             return torch.addcmul(h, self.step_size.to(h.dtype), gradient, value=-scale), state
-        return torch.sub(h, gradient, alpha=self.step_size * scale), state
+        return torch.add(h, gradient, alpha=-self.step_size * scale), state
 
     def extra_repr(self) -> str:
         return f"step_size={float(self.step_size):g}{', learn=True' if self.learn else ''}"

@@ -308,10 +308,12 @@ class AttentionGroups:
         ops = self.emitter.ops
         nodes = []
         for value, inner in parts:
-            axes = (BATCH, *heads, position, *inner)
-            value = self.expand(value, axes)
-            nodes.append(ops.grouped(value, [[BATCH], heads, [position], inner]))
-        return nodes[0] if len(nodes) == 1 else ops.call(torch.cat, nodes, -1, name=name)
+            value = self.expand(value, (BATCH, position, *heads, *inner))
+            value = ops.permute(value, (BATCH, position, *heads, *inner))
+            nodes.append(ops.grouped(value, [[BATCH], [position], heads, inner]))
+        # Heads move to the front last: concatenation then reads and writes whole rows.
+        node = nodes[0] if len(nodes) == 1 else ops.call(torch.cat, nodes, -1, name=name)
+        return ops.call("transpose", node, 1, 2)
 
     def expand(self, value: Value, axes: tuple[Idx, ...]) -> Value:
         """Repeat a feature along the head axes it lacks."""
