@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from sympy import Expr, Symbol
 from torch import Tensor, fx
 
+from ..calculus.gradient import output_index
 from ..energy import Energy
 from ..language.symbols import Scalar
 from .emit import INPUTS, Emitter, Program
@@ -99,7 +100,8 @@ class Fused(Lowering):
     kind = "fused"
 
     def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
-        program = plan.emitter().program([plan.energy.gradient])
+        self.axis = output_index(plan.energy.width)
+        program = plan.emitter().program([plan.energy.gradient], self.axis)
         self.plan = plan
         self.kernels = program.kernels
         self.reasons = program.reasons
@@ -130,7 +132,7 @@ class Fused(Lowering):
     def gradient_and_energy(self) -> EnergyFunction:
         """The pair of what ``gradient`` returns and the energies, from the same kernel calls; not differentiable."""
         expressions = [self.plan.energy.gradient, self.plan.energy.expression]
-        program = self.plan.emitter(kernel_logsumexp=True).program(expressions)
+        program = self.plan.emitter(kernel_logsumexp=True).program(expressions, self.axis)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
 
 

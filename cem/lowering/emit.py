@@ -11,7 +11,6 @@ import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
-from ..language.canonical import free_indices
 from ..language.symbols import (
     SEQ,
     Context,
@@ -24,7 +23,6 @@ from ..language.symbols import (
     State,
     is_word,
     size_of,
-    spelling,
     split,
 )
 from ..language.words import word_of
@@ -303,8 +301,8 @@ class Emitter:
             value = self.ops.binary(operator.add, Value(zero, axes), value)
         return self.ops.permute(value, axes).node
 
-    def program(self, expressions: Sequence[Expr]) -> Program:
-        """A program whose outputs are the expressions, each over its one free index or none.
+    def program(self, expressions: Sequence[Expr], over: Idx | None = None) -> Program:
+        """A program whose outputs are the expressions; the first has the index ``over``, the others none.
 
         A numeric factor of the first expression is left to ``Program.scale``: it costs nothing in the step
         size, and a pass over a tensor in the graph.
@@ -316,7 +314,8 @@ class Emitter:
         if self.groups is not None:
             self.groups.collect(expressions)
         self.input("h")
-        nodes = [self.output(e, tuple(sorted(free_indices(e), key=spelling))) for e in expressions]
+        axes = [() if over is None else (over,), *(() for _ in expressions[1:])]
+        nodes = list(map(self.output, expressions, axes))
         self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
         self.graph.eliminate_dead_code()
         inputs = self.order_inputs()
