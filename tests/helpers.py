@@ -73,6 +73,7 @@ mean = cem.Energy(
 )
 squared = cem.Energy(-Sum(Sum(dot(Q, a, r) * key(K, a, r), r) ** 2, a, s) / 2, name="squared")
 quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, name="quadratic")
+level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i), name="level")
 linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
 spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
 
@@ -195,6 +196,7 @@ ENERGIES = [
     Case(squared, ("einsum", "matmul")),
     Case(quadratic, ()),
     Case(linear, ()),
+    Case(level, ()),
     Case(spread, ("matmul",)),
     Case(mixture, ("einsum", "matmul")),
     Case(energies.interaction + 0.5 * energies.gated, SDPA),
@@ -236,10 +238,10 @@ def gradients(function, layer, inputs, **fixed):
     }
 
 
-def assert_same(found, truth, rtol):
+def assert_same(found, truth, rtol, atol=0.0):
     """Every output and gradient of ``gradients`` within a relative error."""
     for name, expected in truth.items():
-        assert_close(found[name], expected, rtol, name=name)
+        assert_close(found[name], expected, rtol, atol=atol, name=name)
 
 
 def copy_of(layer, **options):
