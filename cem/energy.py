@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
-from sympy import Expr, Indexed, Symbol, sympify
+from sympy import Expr, Function, Idx, Indexed, Sum, Symbol, sympify
 
 from .calculus.curvature import curvature
 from .calculus.gradient import gradient
@@ -18,6 +18,7 @@ from .language.canonical import canonical, free_indices
 from .language.evaluation import Evaluator
 from .language.notation import latex
 from .language.symbols import Context, Dim, Frozen, Parameter, Scalar, State, NamedArray
+from .language.words import word_of
 from .language.tracing import Untranslatable, signature, translate
 
 RESERVED = ("h", "x", "frozen", "visible", "causal")
@@ -51,6 +52,7 @@ class Energy:
         self.function: Callable | None = None
         self.reason = ""
         self.masks_itself = False
+        _check_words(expression, name)
         _check_free(expression, name)
         self.expression: Expr | None = canonical(expression)
         bases = sorted({leaf.base for leaf in expression.atoms(Indexed)}, key=str)
@@ -314,6 +316,45 @@ def energy(**shapes: str) -> Callable[[Callable[..., torch.Tensor]], Energy]:
         return Energy.from_function(function, shapes)
 
     return decorate
+
+
+def _check_words(expression: Expr, name: str) -> None:
+    """Refuse what is not a word of the language."""
+    stack = [expression]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Indexed):
+            if not isinstance(node.base, NamedArray):
+                raise ValueError(
+                    f"energy `{name}`: the array `{node.base}` has no named sizes: got {node}; type"
+                    f' `{node.base} = cem.parameter("{node.base}", ...)`'
+                )
+            continue
+        if isinstance(node, Sum):
+            stack.append(node.function)
+            for limit in node.limits:
+                if not isinstance(limit[0], Idx):
+                    raise ValueError(
+                        f"energy `{name}` sums over `{limit[0]}`, which is no index: got {limit}; make one with"
+                        ' `dim.index("i")` or `x.index("s")`'
+                    )
+            continue
+        stack += [arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx)]
+        if isinstance(node, NamedArray):
+            raise ValueError(
+                f"energy `{name}`: the array `{node.name}` stands without indices: got {expression}; type"
+                f' `{node.name}[i]` with `i = {node.shape[0]}.index("i")`'
+            )
+        if type(node) is Symbol:
+            raise ValueError(
+                f"energy `{name}`: the symbol `{node}` is no word of the language; type"
+                f' `cem.scalar("{node}")` for a number or `cem.dims("{node}")` for a size'
+            )
+        if isinstance(node, Function):
+            try:
+                word_of(type(node))
+            except ValueError as error:
+                raise ValueError(f"energy `{name}`: {error}") from None
 
 
 def _check_free(expression: Expr, name: str) -> None:

@@ -79,6 +79,28 @@ class NamedArray(IndexedBase):
 
     is_real = True
 
+    def __getitem__(self, slots) -> Indexed:
+        slots = tuple(map(sympify, slots if isinstance(slots, tuple) else (slots,)))
+        sizes = ", ".join(map(str, self.shape))
+        if len(slots) != len(self.shape):
+            raise ValueError(
+                f"`{self.name}` has the axes ({sizes}): got {len(slots)} ind{'ex' if len(slots) == 1 else 'ices'},"
+                f" {self.name}{list(slots)}; type one index an axis"
+            )
+        for slot, size in zip(slots, self.shape, strict=True):
+            indices = slot.atoms(Idx)
+            if not indices or any(idx.upper is None for idx in indices):
+                raise ValueError(
+                    f"`{self.name}` of axes ({sizes}) takes indices: got `{slot}`; make one with"
+                    f' `{size}.index("i")`'
+                )
+            own = Mul(*map(size_of, split(slot)))
+            if own != size:
+                raise ValueError(
+                    f"`{self.name}` has the axes ({sizes}): got the index `{slot}` over {own} where {size} stands"
+                )
+        return Indexed(self, *slots)
+
     def index(self, name: str) -> Idx:
         """An index over the first axis: the coordinates of a state, the tokens of a context."""
         return index(name, self.shape[0])
@@ -349,11 +371,6 @@ def split(slot: Expr) -> tuple[Idx, ...]:
         stride = stride * size_of(match[0])
         del left[match[0]]
     return tuple(order)
-
-
-def entry(base: NamedArray, slots: Iterable[Expr]) -> Indexed:
-    """``base[slots]`` without the checks of the brackets."""
-    return Indexed(base, *slots)
 
 
 def is_word(expression: Expr) -> bool:

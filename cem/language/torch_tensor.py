@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp, sympify
 
 from .canonical import free_indices, rename
-from .symbols import SEQ, Dim, LogSumExp, Softmax, NamedArray, entry, join, size_of, total
+from .symbols import SEQ, Dim, LogSumExp, Softmax, NamedArray, join, size_of, total
 
 Axis = tuple[Idx, ...]
 Label = Hashable
@@ -95,7 +95,7 @@ def fresh(size: Expr) -> Axis:
 def leaf(base: NamedArray) -> Value:
     """A named array with one index on each axis."""
     axes = tuple(map(fresh, base.shape))
-    return Value(entry(base, [axis[0] for axis in axes]), axes)
+    return Value(Indexed(base, *(axis[0] for axis in axes)), axes)
 
 
 def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
@@ -113,7 +113,7 @@ def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
     if slots:
         entries = expression.atoms(Indexed)
         expression = expression.xreplace(
-            {node: entry(node.base, [slot.expand() for slot in node.indices]) for node in entries}
+            {node: Indexed(node.base, *(slot.expand() for slot in node.indices)) for node in entries}
         )
     return expression
 

@@ -11,6 +11,7 @@ import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
+from ..language.canonical import free_indices, rename
 from ..language.symbols import (
     SEQ,
     Context,
@@ -21,8 +22,10 @@ from ..language.symbols import (
     Scalar,
     Softmax,
     State,
+    index,
     is_word,
     size_of,
+    spelling,
     split,
 )
 from ..language.words import word_of
@@ -129,10 +132,22 @@ class Emitter:
 
     def lower(self, expression: Expr) -> Value:
         """The value of an expression; emitted once."""
-        if expression not in self.memo:
-            number = self.constant(expression)
-            self.memo[expression] = Value(number) if number is not None else self.build(expression)
-        return self.memo[expression]
+        number = self.constant(expression)
+        if number is not None:
+            return Value(number)
+        if not isinstance(expression, Sum):
+            if expression not in self.memo:
+                self.memo[expression] = self.build(expression)
+            return self.memo[expression]
+        # Sums that differ in the names of their free indices alone are one tensor.
+        free = sorted(free_indices(expression), key=spelling)
+        names = {idx: index(f"_{n}", size_of(idx)) for n, idx in enumerate(free)}
+        key = rename(expression, names)
+        if key not in self.memo:
+            value = self.build(expression)
+            self.memo[key] = Value(value.node, tuple(names.get(axis, axis) for axis in value.axes))
+        value, own = self.memo[key], {name: idx for idx, name in names.items()}
+        return Value(value.node, tuple(own.get(axis, axis) for axis in value.axes))
 
     def build(self, expression: Expr) -> Value:
         match expression:
