@@ -245,14 +245,21 @@ class EnergyLayer(nn.Module):
                 )
             if visible.dtype != torch.bool:
                 raise TypeError(f"layer `{name}`: `visible` must be bool: got {visible.dtype}; type `mask.bool()`")
+            given = visible
             if visible.dim() == len(lead) + 1 and visible.shape[-1] == S:
                 visible = visible.unsqueeze(-2)
-            if visible.dim() != len(lead) + 2 or visible.shape[-1] != S or visible.shape[-2] not in (1, T):
+            if visible.dim() != len(lead) + 2 or any(
+                size not in (1, full) for size, full in zip(visible.shape[:-1], (*lead, T), strict=True)
+            ) or visible.shape[-1] != S:
+                before = "".join(f"{size}, " for size in lead)
                 raise ValueError(
-                    f"layer `{name}`: `visible` must have shape (..., {S}) or (..., {T}, {S}) to go with a state"
-                    f" of shape {tuple(h.shape)}: got {tuple(visible.shape)}"
+                    f"layer `{name}`: `visible` must have shape ({before}{S}) or ({before}{T}, {S}) to go with a"
+                    f" state of shape {tuple(h.shape)}: got {tuple(given.shape)}; type `mask[None]` for one that"
+                    " is the same for every sequence"
                 )
-            visible = visible.expand(*visible.shape[:-2], T, S).reshape(-1, T, S)
+            # One mask for all sequences stays one.
+            lead = lead if any(size > 1 for size in visible.shape[:-2]) else (1,) * len(lead)
+            visible = visible.expand(*lead, T, S).reshape(-1, T, S)
             mask = visible if mask is None else mask & visible
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=h.device)
