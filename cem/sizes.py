@@ -93,6 +93,12 @@ def solve_scalars(
             )
         if isinstance(value, Expr):
             value = value.xreplace(dict(sizes))
+            if not value.is_number:
+                raise ValueError(
+                    f"energy `{energy.name}`: the default of the scalar `{scalar.name}` is {scalar.default}, but the"
+                    f" energy has no size {', '.join(sorted(map(str, value.free_symbols)))}; type"
+                    f" `cem.derive({energy.name}, ..., {scalar.name}=1.0)`"
+                )
         values[scalar] = float(value)
         if scalar.is_positive and not values[scalar] > 0:
             raise ValueError(
