@@ -228,6 +228,12 @@ class Energy:
             if isinstance(value, Expr):
                 value = float(value.xreplace(sizes))
             tensors[scalar.name] = torch.as_tensor(value, dtype=h.dtype, device=h.device)
+        known = [str(p.name) for p in self.parameters]
+        for name in values.keys() - set(known):
+            raise ValueError(
+                f"energy `{self.name}` has no parameter or scalar `{name}`: got {', '.join(values)}; it has"
+                f" {', '.join([*known, *(s.name for s in self.scalars)]) or 'none'}"
+            )
         return Evaluator({**tensors, **values}, sizes)(self.expression)
 
     def infer_sizes(
