@@ -52,7 +52,12 @@ def from_callable(
             keywords["frozen"] = frozen
         context = (x,) if has_context else ()
         with _Detached() as first:
-            function(frozen, *context, **keywords)
+            value = function(frozen, *context, **keywords)
+        if value.dim():
+            raise ValueError(
+                f"energy `{function.__name__}` must return one value per token: got shape {tuple(value.shape)};"
+                " did you forget `.sum()`?"
+            )
         if not first.recorded:
             return function(h, *context, **keywords)
         with _Detached(iter(first.recorded)):
