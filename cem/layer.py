@@ -403,4 +403,9 @@ def derive(
 
 def _made(part, width: int):
     """A module as it is; a class called with the width."""
+    if isinstance(part, AbstractPreconditioner) and part.dim != width:
+        kind = type(part).__name__
+        raise ValueError(
+            f"the preconditioner has dim={part.dim} and the state {width}: got {part}; type `cem.{kind}({width})`"
+        )
     return part if part is None or isinstance(part, nn.Module) else part(width)
