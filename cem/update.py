@@ -63,4 +63,5 @@ class GradientDescent(AbstractUpdate):
         return torch.add(h, gradient, alpha=-self.step_size * scale), state
 
     def extra_repr(self) -> str:
-        return f"step_size={float(self.step_size):g}{', learn=True' if self.learn else ''}"
+        step_size = self.step_size.item() if self.learn else self.step_size
+        return f"step_size={step_size:g}{', learn=True' if self.learn else ''}"
