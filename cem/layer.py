@@ -98,8 +98,6 @@ class EnergyLayer(nn.Module):
                 wide = self.energy_function.width in parameter.shape
                 nn.init.normal_(tensor, std=(self.dim if wide else tensor.shape[-1]) ** -0.5)
 
-    # -- the step -------------------------------------------------------------------------------------------
-
     def forward(
         self, h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
@@ -167,8 +165,6 @@ class EnergyLayer(nn.Module):
         _, g, x, mask, causal = self.inputs(h, context, visible, function.needs_mask)
         frozen = self.norm(frozen.reshape(g.shape))
         return function(g, frozen, x, mask, causal, *values).reshape(shape[:-1])
-
-    # -- inputs ---------------------------------------------------------------------------------------------
 
     def inputs(self, h: Tensor, context: Tensor | None, visible: Tensor | None, dense: bool):
         """Checked inputs with one batch axis: (h, norm(h), norm(context), mask, causal).
@@ -248,14 +244,12 @@ class EnergyLayer(nn.Module):
             given = visible
             if visible.dim() == len(lead) + 1 and visible.shape[-1] == S:
                 visible = visible.unsqueeze(-2)
-            if visible.dim() != len(lead) + 2 or any(
-                size not in (1, full) for size, full in zip(visible.shape[:-1], (*lead, T), strict=True)
-            ) or visible.shape[-1] != S:
-                before = "".join(f"{size}, " for size in lead)
+            sizes = zip(visible.shape, (*lead, T, S), strict=False)
+            fits = all(size in (1, full) for size, full in sizes) and visible.shape[-1] == S
+            if visible.dim() != len(lead) + 2 or not fits:
                 raise ValueError(
-                    f"layer `{name}`: `visible` must have shape ({before}{S}) or ({before}{T}, {S}) to go with a"
-                    f" state of shape {tuple(h.shape)}: got {tuple(given.shape)}; type `mask[None]` for one that"
-                    " is the same for every sequence"
+                    f"layer `{name}`: `visible` must have shape {(*lead, S)} or {(*lead, T, S)} to go with a state"
+                    f" of shape {tuple(h.shape)}: got {tuple(given.shape)}; type `mask[None]` for one mask for all"
                 )
             # One mask for all sequences stays one.
             lead = lead if any(size > 1 for size in visible.shape[:-2]) else (1,) * len(lead)
@@ -264,8 +258,6 @@ class EnergyLayer(nn.Module):
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=h.device)
         return mask.expand(mask.shape if mask.dim() == 3 else (1, T, S)).unsqueeze(1), False
-
-    # -- what it says of itself -----------------------------------------------------------------------------
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -298,8 +290,6 @@ class EnergyLayer(nn.Module):
         flags = f"causal={self.causal}, " if self.energy_function.context is not None else ""
         kernels = " + ".join(self.lowering.kernels)
         return f"energy={self.energy_function.name}, {sizes}, {flags}steps={self.steps}, kernels={kernels}"
-
-    # -- copies ---------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict:
         # Programs are emitted anew from the energy, so that a copy does not depend on how torch pickles graphs.
