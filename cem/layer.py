@@ -229,9 +229,8 @@ class EnergyLayer(nn.Module):
             )
         if visible is None and not dense and not (self.causal and S != T):
             return None, self.causal
-        mask = None
-        if self.causal:
-            mask = torch.ones(T, S, dtype=torch.bool, device=h.device).tril(S - T)
+        everything = torch.ones(T, S, dtype=torch.bool, device=h.device)
+        mask = everything.tril(S - T) if self.causal else None
         if visible is not None:
             lead = h.shape[:-2]
             if self.energy_function.expression is None and not self.energy_function.masks_itself:
@@ -255,8 +254,7 @@ class EnergyLayer(nn.Module):
             lead = lead if any(size > 1 for size in visible.shape[:-2]) else (1,) * len(lead)
             visible = visible.expand(*lead, T, S).reshape(-1, T, S)
             mask = visible if mask is None else mask & visible
-        if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=h.device)
+        mask = everything if mask is None else mask
         return mask.expand(mask.shape if mask.dim() == 3 else (1, T, S)).unsqueeze(1), False
 
     @property
