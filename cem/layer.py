@@ -17,6 +17,7 @@ from .lowering import Lowering, lower
 from .preconditioner import AbstractPreconditioner
 from .sizes import check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
+from .visibility import visible_mask
 
 REFRESH = ("layer", "step")
 
@@ -221,41 +222,21 @@ class EnergyLayer(nn.Module):
         self, T: int, S: int, visible: Tensor | None, h: Tensor, dense: bool
     ) -> tuple[Tensor | None, bool]:
         """The mask (B or 1, 1, T, S) or None, and whether a kernel must still apply causality."""
-        name = self.energy_function.name
+        energy = self.energy_function
         if self.causal and S < T:
             raise ValueError(
-                f"causal layer `{name}` needs a context at least as long as the state: got {S} context tokens"
-                f" for {T}; derive it with `causal=False` for cross attention"
+                f"causal layer `{energy.name}` needs a context at least as long as the state: got {S} context"
+                f" tokens for {T}; derive it with `causal=False` for cross attention"
             )
         if visible is None and not dense and not (self.causal and S != T):
             return None, self.causal
-        everything = torch.ones(T, S, dtype=torch.bool, device=h.device)
-        mask = everything.tril(S - T) if self.causal else None
-        if visible is not None:
-            lead = h.shape[:-2]
-            if self.energy_function.expression is None and not self.energy_function.masks_itself:
-                raise ValueError(
-                    f"layer `{name}` cannot be masked: {self.energy_function.reason}; give the callable an"
-                    " argument `visible` (bool, (seq,)) and mask with it"
-                )
-            if visible.dtype != torch.bool:
-                raise TypeError(f"layer `{name}`: `visible` must be bool: got {visible.dtype}; type `mask.bool()`")
-            given = visible
-            if visible.dim() == len(lead) + 1 and visible.shape[-1] == S:
-                visible = visible.unsqueeze(-2)
-            sizes = zip(visible.shape, (*lead, T, S), strict=False)
-            fits = all(size in (1, full) for size, full in sizes) and visible.shape[-1] == S
-            if visible.dim() != len(lead) + 2 or not fits:
-                raise ValueError(
-                    f"layer `{name}`: `visible` must have shape {(*lead, S)} or {(*lead, T, S)} to go with a state"
-                    f" of shape {tuple(h.shape)}: got {tuple(given.shape)}; type `mask[None]` for one mask for all"
-                )
-            # One mask for all sequences stays one.
-            lead = lead if any(size > 1 for size in visible.shape[:-2]) else (1,) * len(lead)
-            visible = visible.expand(*lead, T, S).reshape(-1, T, S)
-            mask = visible if mask is None else mask & visible
-        mask = everything if mask is None else mask
-        return mask.expand(mask.shape if mask.dim() == 3 else (1, T, S)).unsqueeze(1), False
+        if visible is not None and energy.expression is None and not energy.masks_itself:
+            raise ValueError(
+                f"layer `{energy.name}` cannot be masked: {energy.reason}; give the callable an argument"
+                " `visible` (bool, (seq,)) and mask with it"
+            )
+        lead = h.shape[:-2]
+        return visible_mask(visible, lead, T, S, causal=self.causal, device=h.device, name=energy.name), False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -369,8 +350,8 @@ def derive(
             " `causal=False`"
         )
     width = width_of(energy.width, sizes)
-    if steps < 1 or steps != int(steps):
-        raise ValueError(f"`steps` is a positive integer: got {steps}; type `steps=1`")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
     if refresh not in REFRESH:
         raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
     layer = EnergyLayer(

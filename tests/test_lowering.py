@@ -42,7 +42,7 @@ def test_the_expected_kernels_fire(case):
     layer = case.derive()
     assert layer.lowering.kind == "fused"
     assert layer.lowering.kernels == case.kernels
-    assert bool(layer.lowering.reasons) == ("dense_softmax" in case.kernels)
+    assert bool(layer.lowering.reasons) == any("dense" in kernel for kernel in case.kernels)
 
 
 @every

@@ -185,7 +185,8 @@ class _Normaliser(_Renamer):
             (inside if idx in free_indices(factor) else outside).append(factor)
         for n, factor in enumerate(inside):
             others = inside[:n] + inside[n + 1 :]
-            if factor.is_Add and any(_weighs(other, idx) for other in others):
+            weighted = (*others, *(part for term in factor.args for part in Mul.make_args(term)))
+            if factor.is_Add and any(_weighs(part, idx) for part in weighted):
                 # A weighted mean is taken term by term: each is a plain average of context features.
                 parts = (self.sum_one(Mul(term, *others), idx) for term in factor.args)
                 return Mul(*outside, Add(*parts))

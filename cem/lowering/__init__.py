@@ -74,7 +74,7 @@ class Lowering:
     Attributes:
         kind: ``"fused"`` for a program in closed form, ``"autograd"`` for the derivative taken at run time.
         kernels: what the program is made of: ``"sdpa"``, ``"matmul"``, ``"einsum"``, ``"dense_softmax"``,
-            ``"autograd"``.
+            ``"dense_logsumexp"``, ``"autograd"``.
         reasons: sentences that say why something was not fused.
         scale: dE/dh is ``scale`` times what ``gradient`` returns.
         needs_mask: whether the visible set is needed as a dense mask even where a kernel knows it is causal.

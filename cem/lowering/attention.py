@@ -53,7 +53,7 @@ def bilinear(score: Expr, s: Idx) -> tuple[list[Term], list[Expr]] | None:
             else:
                 mixed.append(factor)
         if not mixed and context:
-            terms.append(Term(token, context, inner))
+            terms.append(_term(token, context, inner))
         elif not mixed:
             constant.append(total(Mul(*token), inner))
         else:
@@ -63,6 +63,17 @@ def bilinear(score: Expr, s: Idx) -> tuple[list[Term], list[Expr]] | None:
             parts, indices = inside
             pending += [(part, token, context, (*inner, *indices)) for part in reversed(parts)]
     return terms, constant
+
+
+def _term(token: tuple[Expr, ...], context: tuple[Expr, ...], inner: tuple[Idx, ...]) -> Term:
+    """A bilinear term; an index that only one side has is summed on that side."""
+    sides = [frozenset().union(*map(free_indices, side)) for side in (token, context)]
+    alone = [tuple(i for i in inner if i not in sides[1 - n]) for n in range(2)]
+    if alone[0]:
+        token = (total(Mul(*token), alone[0]),)
+    if alone[1]:
+        context = (total(Mul(*context), alone[1]),)
+    return Term(token, context, tuple(i for i in inner if i in sides[0] & sides[1]))
 
 
 def _opened(factor: Expr) -> tuple[tuple[Expr, ...], tuple[Idx, ...]] | None:
@@ -321,13 +332,12 @@ class AttentionGroups:
         missing = [axis for axis in axes if axis not in value.axes]
         if not missing:
             return value
-        if BATCH in missing or TOKEN in missing or any(map(is_seq, missing)):
-            like = emitter.input("h" if TOKEN in axes else "x")
-            lead = (BATCH, TOKEN) if TOKEN in axes else (BATCH, next(a for a in axes if is_seq(a)))
-            ones = ops.call("new_ones", like, ops.call(getattr, like, "shape"))
-            ones = Value(ops.call("select", ones, -1, 0), lead)
-            value = ops.binary(operator.mul, ones, value)
-            return self.expand(value, axes)
+        lead = axes[:2]
+        if not set(lead) <= set(value.axes):
+            like = emitter.input("h" if TOKEN in lead else "x")
+            ones = ops.call(torch.ones_like, ops.call("select", like, -1, 0), name="ones")
+            value = ops.binary(operator.mul, Value(ones, lead), value)
+            missing = [axis for axis in axes if axis not in value.axes]
         order = [axis for axis in axes if axis in value.axes]
         node = ops.permute(value, order).node
         for position, axis in enumerate(axes):

@@ -280,6 +280,10 @@ class Emitter:
             if value is not None:
                 return value
         value = self.lower(expression.body)
+        if self.batched and is_seq(expression.index):
+            self.ops.kernels.add("dense_logsumexp")
+            self.reasons["a log-sum-exp over the context is used as a value, which no fused kernel returns with a"
+                         " derivative, so it is written out over all pairs of tokens"] = None
         return self.reduce(torch.logsumexp, kernels.masked_logsumexp, value, expression.index, keep=False)
 
     def softmax(self, expression: Softmax) -> Value:

@@ -1,0 +1,55 @@
+"""The visible set: which context tokens a token may look at.
+
+Legend: B batch, T tokens, S context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def visible_mask(
+    visible: Tensor | None, lead: Sequence[int], T: int, S: int, *, causal: bool, device: torch.device, name: str
+) -> Tensor:
+    """The visible set as a bool tensor (B or 1, 1, T, S).
+
+    Args:
+        visible: bool, (*lead, S) for padding or (*lead, T, S), or None for everything; an axis may be 1.
+        lead: the leading sizes of the state, whose product is B.
+        causal: also s <= t + S - T: the T tokens are the last of the S context tokens.
+        name: the energy, for messages.
+
+    Raises:
+        ValueError: a mask of another shape.
+        TypeError: a mask that is not bool.
+
+    >>> visible_mask(None, (1,), 2, 3, causal=True, device="cpu", name="e").int().tolist()
+    [[[[1, 1, 0], [1, 1, 1]]]]
+    """
+    everything = torch.ones(1, T, S, dtype=torch.bool, device=device)
+    mask = everything.tril(S - T) if causal else everything
+    if visible is not None:
+        own = _as_pairs(visible, tuple(lead), T, S, name)
+        mask = mask & own if causal else own
+    return mask.unsqueeze(1)
+
+
+def _as_pairs(visible: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
+    """A user's mask as (B or 1, T, S)."""
+    if visible.dtype != torch.bool:
+        raise TypeError(f"layer `{name}`: `visible` must be bool: got {visible.dtype}; type `mask.bool()`")
+    pairs = visible
+    if visible.dim() == len(lead) + 1 and visible.shape[-1] == S:
+        pairs = visible.unsqueeze(-2)
+    fits = all(size in (1, full) for size, full in zip(pairs.shape, (*lead, T, S), strict=False))
+    if pairs.dim() != len(lead) + 2 or pairs.shape[-1] != S or not fits:
+        raise ValueError(
+            f"layer `{name}`: `visible` must have shape {(*lead, S)} or {(*lead, T, S)}: got"
+            f" {tuple(visible.shape)}; type `mask[None]` for one mask for all"
+        )
+    # One mask for all sequences stays one.
+    lead = lead if any(size > 1 for size in pairs.shape[:-2]) else (1,) * len(lead)
+    return pairs.expand(*lead, T, S).reshape(-1, T, S)
