@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 _EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-_DEMO = ("attention_energy.py:interaction", "gated_energy.py:gated")
+_DEMO = ("gated_energy.py:gated", "attention_energy.py:interaction")
 
 EnergyArgument = Annotated[
     str,
@@ -82,8 +82,8 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Of the parameters and of the order of the text.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(help="Threads; by default one per core, at most 4.", min=1)
-    ] = None,
+        int, typer.Option(help="Threads of torch; more than one helps on an idle machine.", min=1)
+    ] = 1,
     energy: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,6 +106,10 @@ def demo(
             )
     if text is not None and not text.is_dir():
         raise UserError(f"`--text` needs a folder of Python files: got `{text}`; name one that is")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {out}: got {error.strerror}; name a folder") from None
     _prepare(threads)
     energies = [_load(name) for name in energy]
     from cem.demo import run
@@ -175,27 +179,14 @@ def plot(
     print(trace.table())
 
 
-def _prepare(threads: int | None) -> None:
-    """Set the threads of torch, and what torch and matplotlib read when they are loaded.
-
-    Threads that wait must sleep: spinning ones make a shared machine many times slower. Where that
-    cannot be arranged any more, since torch is loaded already, one thread is the default.
-    """
+def _prepare(threads: int) -> None:
+    """Set the threads of torch, and what torch and matplotlib read when they are loaded."""
+    # Threads that wait sleep: where other programs run, spinning ones are many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if threads is None:
-        threads = min(4, _cores()) if "OMP_WAIT_POLICY" in os.environ else 1
     import torch
 
     torch.set_num_threads(threads)
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _load(spec: str):

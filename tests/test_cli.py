@@ -82,6 +82,12 @@ def test_derive_takes_a_dotted_name(file, monkeypatch, capsys):
     assert "pull" in capsys.readouterr().out
 
 
+def test_derive_takes_an_energy_of_the_gallery(monkeypatch, capsys):
+    arguments = ("cem.energies.interaction:interaction", "dim=8", "heads=2", "rank=4")
+    assert run(monkeypatch, "derive", *arguments) == 0
+    assert "scaled_dot_product_attention" in capsys.readouterr().out
+
+
 def test_plot_writes_a_picture(file, monkeypatch, capsys):
     assert run(monkeypatch, "plot", f"{file}:pull", "dim=6", "--steps", "3", "--tokens", "9") == 0
     assert Path("pull.png").read_bytes().startswith(b"\x89PNG")
@@ -132,6 +138,7 @@ def test_an_unwritable_place_is_named(file, refused):
     Path("taken").write_text("a file")
     message = refused("plot", f"{file}:plain", "dim=6", "hidden=4", "--out", "taken/a.png")
     assert "cannot write taken/a.png" in message
+    assert "cannot write into taken: got File exists" in refused("demo", "--out", "taken")
 
 
 def test_help_and_version_load_nothing_for_pictures():

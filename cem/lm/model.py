@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(dim)
         # The embedding also scores, so it starts small: the first guess is close to uniform.
         for start in (self.position, self.embedding.weight, *self.earlier.parameters()):
-            nn.init.normal_(start, std=0.02)
+            nn.init.normal_(start, std=0.05)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scores (log-odds) of the next token, shape (B, T, V), for integer tokens (B, T).
