@@ -48,7 +48,7 @@ class UserError(Exception):
 def main() -> None:
     """The entry point of the command ``cem``."""
     try:
-        app()
+        app(prog_name="cem")
     except UserError as error:
         print(f"cem: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -96,7 +96,11 @@ def demo(
         typer.Option(help="Folder whose *.py files are the text; by default Python's own."),
     ] = None,
 ) -> None:
-    """Train a small language model made of energies and show its descent, in about a minute."""
+    """Train a small language model made of energies.
+
+    It takes about a minute and a half: one minute of training, then the comparison with counting
+    and the pictures of the descent.
+    """
     if not energy:
         energy = [str(_EXAMPLES / name) for name in _DEMO]
         if not _EXAMPLES.is_dir():
@@ -128,7 +132,10 @@ def derive(
         Path | None, typer.Option(metavar="PAGE.html", help="Also write the derivation as a page.")
     ] = None,
 ) -> None:
-    """Print the way from an energy to its gradient; with sizes also the layer and its program."""
+    """Print the way from an energy to its layer.
+
+    Without sizes that is the mathematics; with sizes also the program and its kernels.
+    """
     found = _load(energy)
     derivation = _layer(found, sizes).derivation if sizes else found.derivation()
     print(derivation)
@@ -148,7 +155,7 @@ def plot(
     steps: Annotated[int, typer.Option(help="How often the energy is descended.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Of the parameters and of the input.")] = 0,
 ) -> None:
-    """Derive a layer, run it on random input and draw how the energy falls.
+    """Draw how the energy of random tokens falls.
 
     On the left the energy around the last token, with the path of the steps; on the right how far
     the energy of each token fell, step by step.
