@@ -2,6 +2,7 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
+JOBS     ?= 2
 ARGS     ?=
 BIN      := $(VENV)/bin
 INSTALL   = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
@@ -37,7 +38,7 @@ demo: $(VENV)/.package  ## set up and run the demo
 	$(BIN)/cem demo $(ARGS)
 
 test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one
 	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest $(ARGS)
@@ -49,7 +50,7 @@ bench-gpu: $(GPU_BENCH)  ## the same on a GPU; ARGS='--dtype bfloat16 --compile'
 	$(GPU_PYTHON) -m benchmarks.layers --device cuda $(ARGS)
 
 lint: $(VENV)/.dev  ## set up and run the static checks
-	$(BIN)/ruff check . && $(BIN)/codespell
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
 
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

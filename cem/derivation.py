@@ -30,7 +30,7 @@ from .language.document import (
     paragraph,
 )
 from .language.notation import latex, terms
-from .language.symbols import Frozen, Scalar, NamedArray
+from .language.symbols import Frozen, NamedArray, Scalar
 from .language.words import WORDS
 
 STAGES = {

@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
-from sympy import Expr, Function, Idx, Indexed, Sum, Symbol, sympify
+from sympy import Expr, Symbol, sympify
 
 from .calculus.curvature import curvature
 from .calculus.gradient import gradient
 from .derivation import Derivation
 from .language import serial
-from .language.canonical import canonical, free_indices
+from .language.canonical import canonical
 from .language.evaluation import Evaluator
 from .language.notation import latex
-from .language.symbols import Context, Dim, Frozen, Parameter, Scalar, State, NamedArray
-from .language.words import word_of
+from .language.symbols import Context, Dim, Frozen, NamedArray, Parameter, Scalar, State
 from .language.tracing import Untranslatable, signature, translate
+from .language.validity import check_expression
 
 RESERVED = ("h", "x", "frozen", "visible", "causal")
 
@@ -52,11 +52,8 @@ class Energy:
         self.function: Callable | None = None
         self.reason = ""
         self.masks_itself = False
-        _check_words(expression, name)
-        _check_free(expression, name)
+        bases = check_expression(expression, name)
         self.expression: Expr | None = canonical(expression)
-        bases = sorted({leaf.base for leaf in expression.atoms(Indexed)}, key=str)
-        _check_bases(bases, name)
         states = [b for b in bases if isinstance(b, State | Frozen)]
         moving = [b for b in states if isinstance(b, State)]
         if not moving:
@@ -322,71 +319,3 @@ def energy(**shapes: str) -> Callable[[Callable[..., torch.Tensor]], Energy]:
         return Energy.from_function(function, shapes)
 
     return decorate
-
-
-def _check_words(expression: Expr, name: str) -> None:
-    """Refuse what is not a word of the language."""
-    stack = [expression]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, Indexed):
-            if not isinstance(node.base, NamedArray):
-                raise ValueError(
-                    f"energy `{name}`: the array `{node.base}` has no named sizes: got {node}; type"
-                    f' `{node.base} = cem.parameter("{node.base}", ...)`'
-                )
-            continue
-        if isinstance(node, Sum):
-            stack.append(node.function)
-            for limit in node.limits:
-                if not isinstance(limit[0], Idx):
-                    raise ValueError(
-                        f"energy `{name}` sums over `{limit[0]}`, which is no index: got {limit}; make one with"
-                        ' `dim.index("i")` or `x.index("s")`'
-                    )
-            continue
-        stack += [arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx)]
-        if isinstance(node, NamedArray):
-            raise ValueError(
-                f"energy `{name}`: the array `{node.name}` stands without indices: got {expression}; type"
-                f' `{node.name}[i]` with `i = {node.shape[0]}.index("i")`'
-            )
-        if type(node) is Symbol:
-            raise ValueError(
-                f"energy `{name}`: the symbol `{node}` is no word of the language; type"
-                f' `cem.scalar("{node}")` for a number or `cem.dims("{node}")` for a size'
-            )
-        if isinstance(node, Function):
-            try:
-                word_of(type(node))
-            except ValueError as error:
-                raise ValueError(f"energy `{name}`: {error}") from None
-
-
-def _check_free(expression: Expr, name: str) -> None:
-    free = sorted(map(str, free_indices(expression)))
-    if free:
-        raise ValueError(
-            f"energy `{name}` must be one number per token: got the free index"
-            f"{'es' if len(free) > 1 else ''} {', '.join(free)}; sum over it with `Sum(..., {free[0]})`"
-        )
-
-
-def _check_bases(bases: list[NamedArray], name: str) -> None:
-    seen: dict[str, NamedArray] = {}
-    for base in bases:
-        other = seen.setdefault(str(base.name), base)
-        if other != base:
-            raise ValueError(
-                f"energy `{name}` uses `{base.name}` with two shapes: got {tuple(other.shape)} and"
-                f" {tuple(base.shape)}; give one of them another name"
-            )
-    for kind in (State, Context):
-        found = [base for base in bases if isinstance(base, kind)]
-        if len(found) > 1:
-            raise ValueError(
-                f"energy `{name}` has more than one {kind.__name__.lower()}: got"
-                f" {', '.join(str(b.name) for b in found)}; an energy has one"
-            )
-
-

@@ -20,6 +20,7 @@ from .update import AbstractUpdate, GradientDescent
 from .visibility import visible_mask
 
 REFRESH = ("layer", "step")
+ATTRIBUTES = ("dim", "context_dim", "update", "preconditioner", "norm", "lowering", "steps", "causal", "refresh")
 
 
 class EnergyLayer(nn.Module):
@@ -342,7 +343,7 @@ def derive(
     learn = (learn,) if isinstance(learn, str) else tuple(learn)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    check_names(energy, set(dir(EnergyLayer)) | {"dim", "context_dim", "update", "preconditioner", "norm", "lowering", "steps"})
+    check_names(energy, {*dir(EnergyLayer), *ATTRIBUTES})
     if energy.expression is None and energy.context is not None and causal and not energy.masks_itself:
         raise ValueError(
             f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"

@@ -10,10 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Sum, log
+from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, S, Sum, log
 
 from ..language.canonical import LETTERS, canonical, free_indices, rename
-from ..language.symbols import LogSumExp, Ravel, Softmax, State, index, is_word, spelling, split, total
+from ..language.symbols import (
+    LogSumExp,
+    Ravel,
+    Softmax,
+    State,
+    index,
+    is_word,
+    spelling,
+    split,
+    total,
+)
 from ..language.words import word_of
 
 
@@ -47,7 +57,7 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     return canonical(Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy))))
 
 
-def sweep(root: Expr, seed: Expr = Integer(1)) -> Iterator[tuple[Indexed, Expr]]:
+def sweep(root: Expr, seed: Expr = S.One) -> Iterator[tuple[Indexed, Expr]]:
     """Reverse mode: every leaf that moves with the state, with its adjoint.
 
     ``seed`` is the adjoint of the root. A leaf is an entry of a state; each pair of a leaf and its indices comes

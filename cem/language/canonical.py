@@ -7,11 +7,11 @@ the calculus and the lowering can share them.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, Sum, Symbol, exp, log
 
-from .symbols import SEQ, LogSumExp, Ravel, NamedArray, Softmax, size_of, spelling, split, total
+from .symbols import SEQ, LogSumExp, NamedArray, Ravel, Softmax, size_of, spelling, split, total
 from .words import Activation, relu, step
 
 Indices = frozenset[Idx]
@@ -28,7 +28,7 @@ LETTERS = {
 """Names of bound indices by the name of their size; any other size uses its own first letter."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def bound_name(size: Expr, height: int) -> Idx:
     """The index over ``size`` that a reduction binds at a given nesting height."""
     name = str(size) if isinstance(size, Symbol) else "dim"

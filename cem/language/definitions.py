@@ -18,11 +18,11 @@ from .symbols import (
     Context,
     Frozen,
     LogSumExp,
+    NamedArray,
     Parameter,
     Ravel,
     Softmax,
     State,
-    NamedArray,
     size_of,
 )
 

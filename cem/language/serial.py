@@ -31,7 +31,7 @@ from sympy import (
 from sympy import E as euler
 
 from . import symbols
-from .symbols import Dim, LogSumExp, Ravel, Scalar, Softmax, NamedArray, index, size_of, split
+from .symbols import Dim, LogSumExp, NamedArray, Ravel, Scalar, Softmax, index, size_of, split
 from .words import WORDS
 
 VERSION = 1

@@ -13,7 +13,21 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
-from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, S, Sum, Symbol, Tuple, sympify
+from sympy import (
+    Add,
+    Basic,
+    Expr,
+    Idx,
+    Indexed,
+    IndexedBase,
+    Integer,
+    Mul,
+    S,
+    Sum,
+    Symbol,
+    Tuple,
+    sympify,
+)
 from sympy.core.function import Function
 
 

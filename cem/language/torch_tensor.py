@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp, sympify
 
 from .canonical import free_indices, rename
-from .symbols import SEQ, Dim, LogSumExp, Softmax, NamedArray, join, size_of, total
+from .symbols import SEQ, Dim, LogSumExp, NamedArray, Softmax, join, size_of, total
 
 Axis = tuple[Idx, ...]
 Label = Hashable

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from sympy import Expr, Symbol
+from sympy import Symbol
 from torch import Tensor, fx
 
 from ..calculus.gradient import output_index

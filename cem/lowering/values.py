@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sympy import Idx, Indexed
-from sympy.core.expr import Expr
+from sympy import Expr, Idx, Indexed, Sum
 from torch import fx
 
 from ..language.canonical import free_indices
-from ..language.symbols import SEQ, Context, Dim, Frozen, State, NamedArray, index, size_of
+from ..language.symbols import (
+    SEQ,
+    Context,
+    Dim,
+    Frozen,
+    LogSumExp,
+    NamedArray,
+    Softmax,
+    State,
+    index,
+    size_of,
+)
 
 BATCH = index("batch", Dim("batch"))
 TOKEN = index("t", Dim("tokens"))
@@ -63,10 +73,6 @@ def sources(expression: Expr) -> frozenset[type[NamedArray] | str]:
 
 def _reduced(node: Expr) -> frozenset[Idx]:
     """Indices over which this node itself reduces."""
-    from sympy import Sum
-
-    from ..language.symbols import LogSumExp, Softmax
-
     match node:
         case Sum():
             return frozenset(limit[0] for limit in node.limits)
