@@ -269,3 +269,38 @@ def test_the_kernel_with_log_sum_exp():
         assert_close(lse[some], scores.logsumexp(-1)[some], 1e-12)
         assert_close(out[some], (scores.softmax(-1) @ v)[some], 1e-12)
         assert not lse[~some].any() and not out[~some].any()
+
+
+@cem.energy(h="dim", x="seq dim", W="dim dim")
+def branching(h, x, *, W, visible):
+    total = 0.0 * h.sum()
+    for row, seen in zip(x, visible, strict=True):
+        score = row @ W @ h
+        if seen and score > 0:
+            total = total - score**2
+        elif seen:
+            total = total - (h.detach() * h).sum() * score**3
+    return total
+
+
+def test_a_callable_that_branches_on_its_data_is_run_token_by_token():
+    layer = cem.derive(branching, dim=4, dtype=torch.float64)
+    assert layer.lowering.kind == "autograd"
+    assert "branches on its data" in layer.lowering.reasons[-1]
+    h = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h.requires_grad_()
+    expected = []
+    for row in h:
+        tokens = []
+        for t, token in enumerate(row):
+            score = row[: t + 1] @ layer.W
+            s = score @ token
+            up = torch.where(s > 0, 2 * s, 3 * (token @ token) * s**2)
+            tokens.append(token + up @ score - (torch.where(s > 0, 0, -(s**3))).sum() * token)
+        expected.append(torch.stack(tokens))
+    expected = torch.stack(expected)
+    found = layer(h)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    inputs = (h, layer.W)
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from sympy import Symbol
+import torch
+from sympy import Expr, Symbol, sympify
 from torch import Tensor, fx
 
 from ..calculus.gradient import output_index
@@ -14,7 +15,15 @@ from ..energy import Energy
 from ..language.symbols import Scalar
 from .emit import INPUTS, Emitter, Program
 from .listing import compiled, listing
-from .reference import TokenEnergy, energy_of, from_callable, gradient_of
+from .reference import (
+    TokenEnergy,
+    branches_on_data,
+    energy_of,
+    from_callable,
+    gradient_of,
+    loop_tokens,
+    map_tokens,
+)
 from .schedule import split
 
 
@@ -50,6 +59,21 @@ class _Plan:
         arguments = ["h", "frozen", "x", "visible", *self.names]
         function = compiled(listing(program.graph, "energy", arguments), "energy")
         return function if scale == 1 else lambda *inputs: scale * function(*inputs)
+
+    def sample(self) -> tuple[Tensor | None, ...]:
+        """Small inputs of the right shapes: (h, frozen, x, visible, causal, *parameters)."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: Expr | int) -> Tensor:
+            lengths = [int(sympify(size).xreplace(dict(self.sizes))) for size in shape]
+            return torch.randn(lengths, generator=generator)
+
+        energy = self.energy
+        h = draw(1, 2, energy.width)
+        x = None if energy.context is None else draw(1, 2, energy.context.shape[1])
+        shapes = {str(parameter.name): tuple(parameter.shape) for parameter in energy.parameters}
+        values = (draw(*shapes[name]) if name in shapes else torch.ones(()) for name in self.names)
+        return h, h, x, None, energy.masks_itself, *values
 
 
 @dataclass(frozen=True)
@@ -144,12 +168,16 @@ class Autograd(Lowering):
     needs_mask = False
 
     def __init__(self, plan: _Plan, reasons: tuple[str, ...]) -> None:
-        token = plan.token_energy()
-        self.reasons = reasons
+        token, mapping = plan.token_energy(), map_tokens
         self.code = "gradient = vmap(vmap(grad(energy)))  # over batch and tokens"
+        if plan.energy.expression is None and branches_on_data(token, *plan.sample()):
+            mapping = loop_tokens
+            self.code = "gradient = [[grad(energy)(token) for token in row] for row in h]"
+            reasons = (*reasons, "it branches on its data, so tokens are taken one after the other")
+        self.reasons = reasons
         self.prepare = lambda *inputs: ()
-        self.gradient = gradient_of(token)
-        self.energy = self.fast_energy = EnergyFunction(energy_of(token))
+        self.gradient = gradient_of(token, mapping)
+        self.energy = self.fast_energy = EnergyFunction(energy_of(token, mapping))
         self.gradient_and_energy = EnergyFunction(
             lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
         )

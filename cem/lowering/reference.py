@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,20 +97,41 @@ def map_tokens(
     return batch(h, frozen, x, mask, *parameters)
 
 
-def gradient_of(token_energy: TokenEnergy) -> Callable[..., Tensor]:
+def loop_tokens(
+    function: Callable[..., Tensor],
+    h: Tensor,
+    frozen: Tensor | None,
+    x: Tensor | None,
+    visible: Tensor | None,
+    causal: bool,
+    *parameters: Tensor,
+) -> Tensor:
+    """What ``map_tokens`` does, one token after the other: for callables that branch on their data."""
+    frozen = h if frozen is None else frozen
+    mask = _dense(h, x, visible, causal)
+
+    def one(b: int, t: int) -> Tensor:
+        seen = (None, None) if x is None else (x[b], mask[b, t])
+        return function(h[b, t], frozen[b, t], *seen, *parameters)
+
+    return torch.stack([torch.stack([one(b, t) for t in range(h.shape[1])]) for b in range(len(h))])
+
+
+def branches_on_data(token_energy: TokenEnergy, *inputs: Tensor | None) -> bool:
+    """Whether a callable asks for the value of a tensor, which cannot be mapped over tokens at once."""
+    try:
+        with torch.no_grad():
+            map_tokens(token_energy, *inputs)
+    except RuntimeError as error:
+        return "vmap" in str(error)
+    return False
+
+
+def gradient_of(token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens) -> Callable[..., Tensor]:
     """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> dE/dh (B, T, D), by autograd."""
-    derivative = grad(token_energy)
-
-    def gradient(h, frozen, x, visible, causal, *parameters):
-        return map_tokens(derivative, h, frozen, x, visible, causal, *parameters)
-
-    return gradient
+    return partial(mapping, grad(token_energy))
 
 
-def energy_of(token_energy: TokenEnergy) -> Callable[..., Tensor]:
+def energy_of(token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens) -> Callable[..., Tensor]:
     """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> energies (B, T)."""
-
-    def energy(h, frozen, x, visible, causal, *parameters):
-        return map_tokens(token_energy, h, frozen, x, visible, causal, *parameters)
-
-    return energy
+    return partial(mapping, token_energy)
