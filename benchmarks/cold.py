@@ -23,16 +23,21 @@ def since(then):
 start = now()
 """
 
-IMPORT = CLOCK + """
+IMPORT = (
+    CLOCK
+    + """
 import torch, sympy
 base, start = since(start), now()
 {extra}
 print(json.dumps([base, since(start)]))
 """
+)
 
 # The imports leave a full garbage collection pending, which takes about 0.1 s over the objects of torch and
 # falls on whatever allocates next; it is taken before the clock starts.
-DERIVE = CLOCK + """
+DERIVE = (
+    CLOCK
+    + """
 import gc, torch, cem, cem.energies
 torch.set_num_threads(1)
 gc.collect()
@@ -43,6 +48,7 @@ for _ in range(2):
     found.append(since(start))
 print(json.dumps(found))
 """
+)
 
 
 def fresh(code: str):

@@ -194,5 +194,4 @@ def start(settings: Settings) -> Iterator[Row]:
         )
 
 
-
 SECTIONS = {"speed": speed, "autograd": autograd, "memory": memory, "trace": trace, "cold": start}

@@ -68,7 +68,9 @@ class Energy:
         self._check_names()
 
     @classmethod
-    def from_function(cls, function: Callable[..., torch.Tensor], shapes: Mapping[str, str]) -> Energy:
+    def from_function(
+        cls, function: Callable[..., torch.Tensor], shapes: Mapping[str, str]
+    ) -> Energy:
         """The energy of a torch callable for one token; see :func:`energy`."""
         self = cls.__new__(cls)
         self.name = function.__name__
@@ -97,7 +99,9 @@ class Energy:
                 )
             if name in RESERVED or names.count(name) > 1:
                 why = "is a name of the layer's own inputs" if name in RESERVED else "is used twice"
-                raise ValueError(f"energy `{self.name}`: the parameter name `{name}` {why}; type another name")
+                raise ValueError(
+                    f"energy `{self.name}`: the parameter name `{name}` {why}; type another name"
+                )
 
     # -- what it is made of ---------------------------------------------------------------------------------
 
@@ -167,7 +171,8 @@ class Energy:
                     f"energy `{self.name}` has no parameter `{old}`: its parameters are {', '.join(known)}"
                 )
         swap = {
-            known[old]: Parameter(Symbol(new, real=True), shape=known[old].shape) for old, new in names.items()
+            known[old]: Parameter(Symbol(new, real=True), shape=known[old].shape)
+            for old, new in names.items()
         }
         return Energy(expression.xreplace(swap), name=name or self.name)
 
@@ -221,7 +226,9 @@ class Energy:
         for scalar in self.scalars:
             value = values.pop(scalar.name, scalar.default)
             if value is None:
-                raise ValueError(f"energy `{self.name}` needs the scalar `{scalar.name}`: it has no default")
+                raise ValueError(
+                    f"energy `{self.name}` needs the scalar `{scalar.name}`: it has no default"
+                )
             if isinstance(value, Expr):
                 value = float(value.xreplace(sizes))
             tensors[scalar.name] = torch.as_tensor(value, dtype=h.dtype, device=h.device)
@@ -240,7 +247,9 @@ class Energy:
         given: list[tuple[NamedArray, torch.Tensor]] = [(self.state, h)]
         if self.context is not None:
             if x is None:
-                raise ValueError(f"energy `{self.name}` needs its context: call it with `{self.context.name}`")
+                raise ValueError(
+                    f"energy `{self.name}` needs its context: call it with `{self.context.name}`"
+                )
             given.append((self.context, x))
         for parameter in self.parameters:
             if str(parameter.name) not in values:

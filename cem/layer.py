@@ -20,7 +20,17 @@ from .update import AbstractUpdate, GradientDescent
 from .visibility import visible_mask
 
 REFRESH = ("layer", "step")
-ATTRIBUTES = ("dim", "context_dim", "update", "preconditioner", "norm", "lowering", "steps", "causal", "refresh")
+ATTRIBUTES = (
+    "dim",
+    "context_dim",
+    "update",
+    "preconditioner",
+    "norm",
+    "lowering",
+    "steps",
+    "causal",
+    "refresh",
+)
 
 
 class EnergyLayer(nn.Module):
@@ -68,7 +78,9 @@ class EnergyLayer(nn.Module):
         self._learned = tuple(s for s in scalars if s.name in learn)
         for scalar in self._learned:
             value = torch.tensor(float(scalars[scalar]))
-            value, name = (value.log(), f"log_{scalar.name}") if scalar.is_positive else (value, scalar.name)
+            value, name = (
+                (value.log(), f"log_{scalar.name}") if scalar.is_positive else (value, scalar.name)
+            )
             self.register_parameter(name, nn.Parameter(value))
         self.reset_parameters()
         self.lowering = self._lower()
@@ -140,7 +152,11 @@ class EnergyLayer(nn.Module):
         found = [getattr(self, str(p.name)) for p in self.energy_function.parameters]
         for scalar in self._learned:
             positive = scalar.is_positive
-            found.append(getattr(self, f"log_{scalar.name}").exp() if positive else getattr(self, scalar.name))
+            found.append(
+                getattr(self, f"log_{scalar.name}").exp()
+                if positive
+                else getattr(self, scalar.name)
+            )
         return tuple(found)
 
     def energy(
@@ -162,7 +178,9 @@ class EnergyLayer(nn.Module):
             context = h
         values = self.values()
         tensors = (h, context, frozen, *values)
-        tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        tracked = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
         function = self.lowering.energy if tracked else self.lowering.fast_energy
         _, g, x, mask, causal = self.inputs(h, context, visible, function.needs_mask)
         frozen = self.norm(frozen.reshape(g.shape))
@@ -237,7 +255,9 @@ class EnergyLayer(nn.Module):
                 " `visible` (bool, (seq,)) and mask with it"
             )
         lead = h.shape[:-2]
-        return visible_mask(visible, lead, T, S, causal=self.causal, device=h.device, name=energy.name), False
+        return visible_mask(
+            visible, lead, T, S, causal=self.causal, device=h.device, name=energy.name
+        ), False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -248,7 +268,9 @@ class EnergyLayer(nn.Module):
     def scalars(self) -> dict[str, float]:
         """The scalars by name; a learned one at its present value."""
         found = {scalar.name: float(value) for scalar, value in self._fixed.items()}
-        for scalar, value in zip(self._learned, self.values()[len(self.energy_function.parameters) :], strict=True):
+        for scalar, value in zip(
+            self._learned, self.values()[len(self.energy_function.parameters) :], strict=True
+        ):
             found[scalar.name] = float(value.detach())
         return found
 
@@ -287,7 +309,9 @@ def diagonals(expression: Expr | None) -> set[Parameter]:
     found: set[Parameter] = set()
     for product in () if expression is None else expression.atoms(Mul):
         leaves = [factor.base for factor in product.args if isinstance(factor, Indexed)]
-        if any(isinstance(b, State) for b in leaves) and any(isinstance(b, Context) for b in leaves):
+        if any(isinstance(b, State) for b in leaves) and any(
+            isinstance(b, Context) for b in leaves
+        ):
             found.update(base for base in leaves if isinstance(base, Parameter))
     return found
 
@@ -337,14 +361,19 @@ def derive(
     """
     if not isinstance(energy, Energy):
         raise TypeError(
-            f"`derive` takes an Energy: got {type(energy).__name__}; type `@cem.energy(h=\"dim\", ...)` above a"
+            f'`derive` takes an Energy: got {type(energy).__name__}; type `@cem.energy(h="dim", ...)` above a'
             " callable, or `cem.Energy(expression)`"
         )
     learn = (learn,) if isinstance(learn, str) else tuple(learn)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
     check_names(energy, {*dir(EnergyLayer), *ATTRIBUTES})
-    if energy.expression is None and energy.context is not None and causal and not energy.masks_itself:
+    if (
+        energy.expression is None
+        and energy.context is not None
+        and causal
+        and not energy.masks_itself
+    ):
         raise ValueError(
             f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
             f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"

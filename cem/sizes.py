@@ -39,7 +39,9 @@ def solve_sizes(energy: Energy, given: Mapping[str, float]) -> dict[Dim, int]:
         if key in given:
             value = given[key]
             if isinstance(value, bool) or value != int(value) or value < 1:
-                raise ValueError(f"energy `{name}`: size `{key}` is a positive integer: got {key}={value}")
+                raise ValueError(
+                    f"energy `{name}`: size `{key}` is a positive integer: got {key}={value}"
+                )
             if key in wanted:
                 sizes[wanted[key]] = int(value)
     if composite and "dim" in given:

@@ -99,7 +99,9 @@ class EnergyTrace:
         for layer in self.layers:
             if layer.name == key:
                 return layer
-        raise KeyError(f"no layer `{key}` in this trace: its layers are {', '.join(t.name for t in self.layers)}")
+        raise KeyError(
+            f"no layer `{key}` in this trace: its layers are {', '.join(t.name for t in self.layers)}"
+        )
 
     def numpy(self) -> dict[str, dict]:
         """Energies as numpy arrays: layer name -> ``{"before": (N, B, T), "after": (N, B, T)}``."""
@@ -114,7 +116,9 @@ class EnergyTrace:
     def table(self) -> str:
         """One line a layer and step: mean energies, median drop, share of tokens that went down."""
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f"{'layer':<{width}}  step  {'before':>10}  {'after':>10}  {'median drop':>12}  down"]
+        lines = [
+            f"{'layer':<{width}}  step  {'before':>10}  {'after':>10}  {'median drop':>12}  down"
+        ]
         for layer in self.layers:
             for step, before in enumerate(layer.before):
                 line = f"{layer.name:<{width}}  {step + 1:>4}  {before.nanmean():>10.4g}"
@@ -136,7 +140,9 @@ class EnergyTrace:
 def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: bool, states: bool):
     """A stand-in for the layer's ``forward`` that also writes down its energies."""
 
-    def forward(h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
         shape, lowering, values = h.shape, layer.lowering, layer.values()
         pair = lowering.gradient_and_energy
         dense = pair.needs_mask or lowering.fast_energy.needs_mask
@@ -173,7 +179,9 @@ def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: boo
     return forward
 
 
-def trace(model: nn.Module, *inputs, after: bool = True, states: bool = True, **keywords) -> EnergyTrace:
+def trace(
+    model: nn.Module, *inputs, after: bool = True, states: bool = True, **keywords
+) -> EnergyTrace:
     """Run a model once and record the energies of all its energy layers.
 
     Every energy is taken at the context and the gates that the step itself saw, before and after it, so that a
@@ -204,9 +212,13 @@ def trace(model: nn.Module, *inputs, after: bool = True, states: bool = True, **
     records: list[LayerTrace] = []
     with ExitStack() as restore, torch.no_grad():
         for name, layer in layers.items():
-            layer.forward = _record(layer, name or layer.energy_function.name, records, after, states)
+            layer.forward = _record(
+                layer, name or layer.energy_function.name, records, after, states
+            )
             restore.callback(layer.__dict__.pop, "forward")
         model(*inputs, **keywords)
     if not records:
-        raise ValueError(f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}")
+        raise ValueError(
+            f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}"
+        )
     return EnergyTrace(tuple(records))

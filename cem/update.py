@@ -57,7 +57,9 @@ class GradientDescent(AbstractUpdate):
     def init(self, h: Tensor) -> None:
         return None
 
-    def update(self, h: Tensor, gradient: Tensor, state: None, scale: float = 1.0) -> tuple[Tensor, None]:
+    def update(
+        self, h: Tensor, gradient: Tensor, state: None, scale: float = 1.0
+    ) -> tuple[Tensor, None]:
         if self.learn:
             return torch.addcmul(h, self.step_size.to(h.dtype), gradient, value=-scale), state
         return torch.add(h, gradient, alpha=-self.step_size * scale), state

@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 def visible_mask(
-    visible: Tensor | None, lead: Sequence[int], T: int, S: int, *, causal: bool, device: torch.device, name: str
+    visible: Tensor | None,
+    lead: Sequence[int],
+    T: int,
+    S: int,
+    *,
+    causal: bool,
+    device: torch.device,
+    name: str,
 ) -> Tensor:
     """The visible set as a bool tensor (B or 1, 1, T, S).
 
@@ -40,7 +47,9 @@ def visible_mask(
 def _as_pairs(visible: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
     """A user's mask as (B or 1, T, S)."""
     if visible.dtype != torch.bool:
-        raise TypeError(f"layer `{name}`: `visible` must be bool: got {visible.dtype}; type `mask.bool()`")
+        raise TypeError(
+            f"layer `{name}`: `visible` must be bool: got {visible.dtype}; type `mask.bool()`"
+        )
     pairs = visible
     if visible.dim() == len(lead) + 1 and visible.shape[-1] == S:
         pairs = visible.unsqueeze(-2)

@@ -54,7 +54,9 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     h[d]
     """
     free = output_index(width)
-    return canonical(Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy))))
+    return canonical(
+        Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy)))
+    )
 
 
 def sweep(root: Expr, seed: Expr = S.One) -> Iterator[tuple[Indexed, Expr]]:
@@ -72,7 +74,9 @@ def sweep(root: Expr, seed: Expr = S.One) -> Iterator[tuple[Indexed, Expr]]:
         for child, pushed, scope in _pull_back(node, adjoint):
             if depends_on_state(child):
                 missing = scope - free_indices(child)
-                adjoints[child] = adjoints.get(child, Integer(0)) + total(pushed, sorted(missing, key=spelling))
+                adjoints[child] = adjoints.get(child, Integer(0)) + total(
+                    pushed, sorted(missing, key=spelling)
+                )
 
 
 def _topological(root: Expr) -> list[Expr]:

@@ -98,7 +98,9 @@ class _Renamer:
             case Idx():
                 return names.get(expression, expression)
             case Indexed():
-                return Indexed(expression.base, *(slot.xreplace(names) for slot in expression.indices))
+                return Indexed(
+                    expression.base, *(slot.xreplace(names) for slot in expression.indices)
+                )
             case Sum():
                 fresh = []
                 for limit in reversed(expression.limits):
@@ -111,14 +113,17 @@ class _Renamer:
             case Softmax():
                 # The index of a softmax stays free; it is renamed with its body.
                 return Softmax(
-                    self.visit(expression.body, names), names.get(expression.index, expression.index)
+                    self.visit(expression.body, names),
+                    names.get(expression.index, expression.index),
                 )
             case Ravel():
                 body, slot, idx = expression.args
                 inner = names
                 for old in split(slot):
                     _, inner = self.bind(old, inner)
-                return self.ravel(self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx))
+                return self.ravel(
+                    self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx)
+                )
         if expression.is_Float:
             return self.number(expression)
         if not expression.args or not has_parts(expression):
@@ -141,7 +146,10 @@ class _Renamer:
 @lru_cache(maxsize=65536)
 def has_parts(expression: Basic) -> bool:
     """Whether a walk has anything to change below this node."""
-    if isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Activation) or expression.is_Float:
+    if (
+        isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Activation)
+        or expression.is_Float
+    ):
         return True
     return any(map(has_parts, expression.args))
 
@@ -169,7 +177,11 @@ class _Normaliser(_Renamer):
             factors = [free_indices(factor) for factor in Mul.make_args(body)]
             idx = min(
                 left,
-                key=lambda idx: (size_of(idx) != SEQ, sum(idx in f for f in factors), spelling(idx)),
+                key=lambda idx: (
+                    size_of(idx) != SEQ,
+                    sum(idx in f for f in factors),
+                    spelling(idx),
+                ),
             )
             left.remove(idx)
             body = self.sum_one(body, idx)
@@ -220,7 +232,9 @@ def exact(number: float) -> Expr:
 def _without_steps(product: Expr) -> Expr:
     """Drop step(z) beside relu(z), which is already zero where z <= 0."""
     factors = [factor.as_base_exp() for factor in Mul.make_args(product)]
-    closed = {base.args[0] for base, power in factors if isinstance(base, relu) and power.is_positive}
+    closed = {
+        base.args[0] for base, power in factors if isinstance(base, relu) and power.is_positive
+    }
     if not any(isinstance(base, step) for base, _ in factors):
         return product
     kept = []
@@ -287,7 +301,9 @@ def _binders_around(node: Basic, idx: Idx, size: Expr) -> set[Idx]:
     if isinstance(node, Idx | Indexed | NamedArray | Symbol) or idx not in free_indices(node):
         return set()
     found = {other for other in bound_indices(node) if size_of(other) == size}
-    return found.union(*(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr)))
+    return found.union(
+        *(_binders_around(arg, idx, size) for arg in node.args if isinstance(arg, Expr))
+    )
 
 
 def _rebuilt(

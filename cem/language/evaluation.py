@@ -105,7 +105,9 @@ class Evaluator:
             return word_of(expression.func).torch(tensor), axes
         if expression.is_number:
             return self.like.new_tensor(float(expression)), ()
-        raise ValueError(f"`{type(expression).__name__}` is not a word of the language: got {expression}")
+        raise ValueError(
+            f"`{type(expression).__name__}` is not a word of the language: got {expression}"
+        )
 
     def _leaf(self, expression: Indexed) -> tuple[Tensor, Axes]:
         tensor = self.tensors[str(expression.base.name)]

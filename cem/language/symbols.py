@@ -67,7 +67,9 @@ def dims(names: str) -> Dim | tuple[Dim, ...]:
     """
     found = tuple(Dim(name) for name in names.replace(",", " ").split())
     if not found:
-        raise ValueError('`dims` needs at least one name: got an empty string; type `cem.dims("dim heads")`')
+        raise ValueError(
+            '`dims` needs at least one name: got an empty string; type `cem.dims("dim heads")`'
+        )
     return found[0] if len(found) == 1 else found
 
 
@@ -181,7 +183,9 @@ def parameter(name: str, *shape: Expr) -> Parameter:
     (heads, dim)
     """
     if not shape:
-        raise ValueError(f"parameter `{name}` has no sizes: got (); for a number type `cem.scalar({name!r})`")
+        raise ValueError(
+            f"parameter `{name}` has no sizes: got (); for a number type `cem.scalar({name!r})`"
+        )
     if any(sympify(size).has(SEQ) for size in shape):
         raise ValueError(
             f"parameter `{name}` has an axis over tokens: got {shape}; what differs from token to token is the"
@@ -314,7 +318,9 @@ def logsumexp(expression: Expr, *indices: Idx) -> Expr:
     True
     """
     if not indices:
-        raise ValueError("`logsumexp` needs the index to sum over: got none; type `cem.logsumexp(score, s)`")
+        raise ValueError(
+            "`logsumexp` needs the index to sum over: got none; type `cem.logsumexp(score, s)`"
+        )
     for idx in indices:
         if not isinstance(idx, Idx):
             raise TypeError(
@@ -369,7 +375,9 @@ def split(slot: Expr) -> tuple[Idx, ...]:
     for term in Add.make_args(slot.expand()):
         found = [f for f in Mul.make_args(term) if isinstance(f, Idx)]
         if len(found) != 1 or found[0] in weights:
-            raise ValueError(f"index `{slot}` is not of the form `block*a + b`: type one index a named size")
+            raise ValueError(
+                f"index `{slot}` is not of the form `block*a + b`: type one index a named size"
+            )
         weights[found[0]] = term / found[0]
     left = dict(weights)
     order: list[Idx] = []

@@ -113,7 +113,10 @@ def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
     if slots:
         entries = expression.atoms(Indexed)
         expression = expression.xreplace(
-            {node: Indexed(node.base, *(slot.expand() for slot in node.indices)) for node in entries}
+            {
+                node: Indexed(node.base, *(slot.expand() for slot in node.indices))
+                for node in entries
+            }
         )
     return expression
 

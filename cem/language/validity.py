@@ -89,5 +89,3 @@ def _check_bases(bases: list[NamedArray], name: str) -> None:
                 f"energy `{name}` has more than one {kind.__name__.lower()}: got"
                 f" {', '.join(str(b.name) for b in found)}; an energy has one"
             )
-
-

@@ -167,9 +167,7 @@ def _softplus_antiderivative(z: Tensor) -> Tensor:
     return torch.where(z > 0, 0.5 * z * z + math.pi**2 / 6.0 - tail, tail)
 
 
-_BERNOULLI = tuple(
-    float(sympy.bernoulli(2 * k) / sympy.factorial(2 * k + 1)) for k in range(1, 10)
-)
+_BERNOULLI = tuple(float(sympy.bernoulli(2 * k) / sympy.factorial(2 * k + 1)) for k in range(1, 10))
 
 
 def _gelu_tanh_derivative(z: Expr) -> Expr:
@@ -238,7 +236,9 @@ WORDS: tuple[Word, ...] = (
         relu,
     ),
     Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1),
-    Word(normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf),
+    Word(
+        normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf
+    ),
     Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1),
     Word(
         relu_antiderivative,

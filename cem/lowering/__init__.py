@@ -53,7 +53,9 @@ class _Plan:
     def token_energy(self) -> TokenEnergy:
         if self.energy.expression is None:
             fixed = {str(scalar): value for scalar, value in self.scalars.items()}
-            return from_callable(self.energy.function, self.names, fixed, self.energy.context is not None)
+            return from_callable(
+                self.energy.function, self.names, fixed, self.energy.context is not None
+            )
         program = self.emitter(batched=False).program([self.energy.expression])
         scale = program.scale
         arguments = ["h", "frozen", "x", "visible", *self.names]
@@ -215,7 +217,9 @@ def lower(
 
 
 @lru_cache(maxsize=256)
-def _lower(energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple) -> Lowering:
+def _lower(
+    energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple
+) -> Lowering:
     plan = _Plan(energy, dict(sizes), dict(scalars), names)
     if energy.expression is None:
         if kind == "fused":

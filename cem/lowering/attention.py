@@ -165,12 +165,18 @@ class AttentionGroups:
         """Register every weighted sum and every log-sum-exp before anything is emitted."""
         for expression in expressions:
             for node in _nodes(expression):
-                if self.emitter.kernel_logsumexp and isinstance(node, LogSumExp) and is_seq(node.index):
+                if (
+                    self.emitter.kernel_logsumexp
+                    and isinstance(node, LogSumExp)
+                    and is_seq(node.index)
+                ):
                     if self.group(node.body, node.index) is not None:
                         self.wanted.add((node.body, node.index))
                 if not isinstance(node, Sum):
                     continue
-                found = self.match(Mul.make_args(node.function), frozenset(x[0] for x in node.limits))
+                found = self.match(
+                    Mul.make_args(node.function), frozenset(x[0] for x in node.limits)
+                )
                 if found is not None:
                     group, value, _, _ = found
                     group.values.setdefault(value.key, value)
@@ -188,7 +194,9 @@ class AttentionGroups:
 
     def match(self, factors: Sequence[Expr], over: frozenset[Idx]):
         """(group, value, outer factors, indices left to sum) of a weighted sum, or None."""
-        weights = [f for f in factors if isinstance(f, Softmax) and f.index in over and is_seq(f.index)]
+        weights = [
+            f for f in factors if isinstance(f, Softmax) and f.index in over and is_seq(f.index)
+        ]
         if len(weights) != 1:
             return None
         s = weights[0].index
@@ -268,8 +276,14 @@ class AttentionGroups:
             group.logsumexp = Value(lse, (BATCH, *group.heads, TOKEN))
         else:
             out = ops.call(
-                torch.nn.functional.scaled_dot_product_attention, q, k, v,
-                attn_mask=visible, is_causal=causal, scale=scale, name="attended",
+                torch.nn.functional.scaled_dot_product_attention,
+                q,
+                k,
+                v,
+                attn_mask=visible,
+                is_causal=causal,
+                scale=scale,
+                name="attended",
             )
         self.cut(group, out, values, max(width, value_width))
 
@@ -289,7 +303,10 @@ class AttentionGroups:
     def features(self, features: Sequence[Feature], group: Group, name: str) -> fx.Node:
         """Context features side by side as (batch, heads, seq, width)."""
         lowered = [
-            (self.emitter.ops.contract(list(map(self.emitter.lower, f.factors)), frozenset()), f.axes)
+            (
+                self.emitter.ops.contract(list(map(self.emitter.lower, f.factors)), frozenset()),
+                f.axes,
+            )
             for f in features
         ]
         return self.concatenate(lowered, group.heads, group.index, name)

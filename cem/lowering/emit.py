@@ -189,14 +189,19 @@ class Emitter:
             case Parameter():
                 node, axes = self.input(base.name), []
             case _:
-                raise ValueError(f"`{base}` is not a tensor of the language: got {type(base).__name__}")
+                raise ValueError(
+                    f"`{base}` is not a tensor of the language: got {type(base).__name__}"
+                )
         for slot in expression.indices:
             group = split(slot)
             node = self.ops.unflatten(node, len(axes), group)
             axes.extend(group)
         while len(set(axes)) < len(axes):
             first, second = next(
-                (n, m) for n in range(len(axes)) for m in range(n + 1, len(axes)) if axes[n] == axes[m]
+                (n, m)
+                for n in range(len(axes))
+                for m in range(n + 1, len(axes))
+                if axes[n] == axes[m]
             )
             node = self.ops.call(torch.diagonal, node, 0, first, second)
             axes = [axis for n, axis in enumerate(axes) if n not in (first, second)] + [axes[first]]
@@ -282,17 +287,25 @@ class Emitter:
         value = self.lower(expression.body)
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_logsumexp")
-            self.reasons["a log-sum-exp over the context is used as a value, which no fused kernel returns with a"
-                         " derivative, so it is written out over all pairs of tokens"] = None
-        return self.reduce(torch.logsumexp, kernels.masked_logsumexp, value, expression.index, keep=False)
+            self.reasons[
+                "a log-sum-exp over the context is used as a value, which no fused kernel returns with a"
+                " derivative, so it is written out over all pairs of tokens"
+            ] = None
+        return self.reduce(
+            torch.logsumexp, kernels.masked_logsumexp, value, expression.index, keep=False
+        )
 
     def softmax(self, expression: Softmax) -> Value:
         value = self.lower(expression.body)
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_softmax")
-            self.reasons["a softmax over the context is not an average of context features under bilinear"
-                         " scores, so it is written out over all pairs of tokens"] = None
-        return self.reduce(torch.softmax, kernels.masked_softmax, value, expression.index, keep=True)
+            self.reasons[
+                "a softmax over the context is not an average of context features under bilinear"
+                " scores, so it is written out over all pairs of tokens"
+            ] = None
+        return self.reduce(
+            torch.softmax, kernels.masked_softmax, value, expression.index, keep=True
+        )
 
     def reduce(self, plain, masked, value: Value, idx: Idx, keep: bool) -> Value:
         if is_seq(idx):
@@ -340,7 +353,9 @@ class Emitter:
         inputs = self.order_inputs()
         self.graph.lint()
         kernels = tuple(sorted(self.ops.kernels))
-        return Program(self.graph, inputs, kernels, self.needs_mask, float(scale), tuple(self.reasons))
+        return Program(
+            self.graph, inputs, kernels, self.needs_mask, float(scale), tuple(self.reasons)
+        )
 
     def order_inputs(self) -> tuple[str, ...]:
         """Move the inputs to the front in a fixed order and drop those that nothing reads."""

@@ -22,7 +22,11 @@ def attention_with_logsumexp(
     token that sees nothing both are 0.
     """
     if q.device.type == "cpu":
-        bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
+        bias = (
+            None
+            if visible is None
+            else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
+        )
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
         )

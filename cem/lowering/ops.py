@@ -130,9 +130,13 @@ class Ops:
     # -- contraction ----------------------------------------------------------------------------------------
 
     def cost(self, axes: Iterable[Idx]) -> int:
-        return math.prod(TYPICAL.get(axis) or (TYPICAL_SEQ if is_seq(axis) else self.size(axis)) for axis in axes)
+        return math.prod(
+            TYPICAL.get(axis) or (TYPICAL_SEQ if is_seq(axis) else self.size(axis)) for axis in axes
+        )
 
-    def contract(self, factors: Sequence[Value], over: frozenset[Idx], name: str | None = None) -> Value:
+    def contract(
+        self, factors: Sequence[Value], over: frozenset[Idx], name: str | None = None
+    ) -> Value:
         """The product of all factors, summed over the indices ``over``, cheapest pair first."""
         numbers = [f.node for f in factors if f.is_number]
         work = [f for f in factors if not f.is_number]
@@ -145,7 +149,9 @@ class Ops:
             for i in range(len(work)):
                 for j in range(i + 1, len(work)):
                     pair = set(work[i].axes) | set(work[j].axes)
-                    others = {axis for n, f in enumerate(work) if n not in (i, j) for axis in f.axes}
+                    others = {
+                        axis for n, f in enumerate(work) if n not in (i, j) for axis in f.axes
+                    }
                     gone = (over & pair) - others
                     price = (self.cost(pair), self.cost(pair - gone), i, j)
                     if best is None or price < best[0]:
@@ -178,7 +184,9 @@ class Ops:
                     return self.linear(features, weight, over, name)
         return self.einsum(left, right, over, name)
 
-    def linear(self, features: Value, weight: Value, over: frozenset[Idx], name: str | None) -> Value:
+    def linear(
+        self, features: Value, weight: Value, over: frozenset[Idx], name: str | None
+    ) -> Value:
         """Features times a weight that has no axis in common with them but the summed ones."""
         self.kernels.add("matmul")
         inner = [axis for axis in weight.axes if axis in over]
@@ -226,4 +234,3 @@ class Ops:
             mask = self.call("unsqueeze", mask, 0)
         out = axes if keep else axes[:position] + axes[position + 1 :]
         return Value(self.call(target, node, mask, position), out)
-

@@ -36,7 +36,10 @@ class _Detached(TorchFunctionMode):
 
 
 def from_callable(
-    function: Callable[..., Tensor], names: tuple[str, ...], scalars: dict[str, float], has_context: bool
+    function: Callable[..., Tensor],
+    names: tuple[str, ...],
+    scalars: dict[str, float],
+    has_context: bool,
 ) -> TokenEnergy:
     """The token energy of a torch callable, with ``detach`` read as *frozen*.
 
@@ -45,7 +48,9 @@ def from_callable(
     """
     accepted = set(inspect.signature(function).parameters)
 
-    def energy(h: Tensor, frozen: Tensor, x: Tensor | None, visible: Tensor | None, *values: Tensor) -> Tensor:
+    def energy(
+        h: Tensor, frozen: Tensor, x: Tensor | None, visible: Tensor | None, *values: Tensor
+    ) -> Tensor:
         keywords: dict = {**scalars, **dict(zip(names, values, strict=True))}
         if "visible" in accepted:
             keywords["visible"] = visible
@@ -127,11 +132,15 @@ def branches_on_data(token_energy: TokenEnergy, *inputs: Tensor | None) -> bool:
     return False
 
 
-def gradient_of(token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens) -> Callable[..., Tensor]:
+def gradient_of(
+    token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
+) -> Callable[..., Tensor]:
     """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> dE/dh (B, T, D), by autograd."""
     return partial(mapping, grad(token_energy))
 
 
-def energy_of(token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens) -> Callable[..., Tensor]:
+def energy_of(
+    token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
+) -> Callable[..., Tensor]:
     """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> energies (B, T)."""
     return partial(mapping, token_energy)

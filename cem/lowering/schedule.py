@@ -18,12 +18,16 @@ def split(graph: fx.Graph, fixed: Collection[str]) -> tuple[fx.Graph, fx.Graph, 
         if node.op == "placeholder":
             if node.target in fixed:
                 early.add(node)
-        elif node.op != "output" and node.all_input_nodes and early.issuperset(node.all_input_nodes):
+        elif (
+            node.op != "output" and node.all_input_nodes and early.issuperset(node.all_input_nodes)
+        ):
             early.add(node)
     border = [
         node
         for node in graph.nodes
-        if node in early and node.op != "placeholder" and any(user not in early for user in node.users)
+        if node in early
+        and node.op != "placeholder"
+        and any(user not in early for user in node.users)
     ]
     prepare, repeat = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
