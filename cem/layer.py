@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from sympy import Expr, Indexed, Mul, Symbol
+from sympy import Symbol
 from torch import Tensor, nn
 
 from .energy import Energy
-from .language.symbols import Context, Parameter, Scalar, State
+from .initialisation import initialise
+from .language.symbols import Scalar
 from .lowering import Lowering, lower
 from .preconditioner import AbstractPreconditioner
 from .sizes import check_names, solve_scalars, solve_sizes, width_of
@@ -97,20 +98,9 @@ class EnergyLayer(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw every parameter afresh.
-
-        A tied matrix reads and writes, so its scale counts twice: a parameter with an axis as wide as the state
-        starts normal with standard deviation 1/sqrt(dim), any other with 1/sqrt(its last size). A diagonal, which
-        multiplies coordinates of the state and of the context, starts at zero.
-        """
-        diagonal = diagonals(self.energy_function.expression)
-        for parameter in self.energy_function.parameters:
-            tensor = getattr(self, str(parameter.name))
-            if parameter in diagonal:
-                nn.init.zeros_(tensor)
-            else:
-                wide = self.energy_function.width in parameter.shape
-                nn.init.normal_(tensor, std=(self.dim if wide else tensor.shape[-1]) ** -0.5)
+        """Draw every parameter afresh; see :func:`~cem.initialisation.initialise`."""
+        tensors = {p: getattr(self, str(p.name)) for p in self.energy_function.parameters}
+        initialise(tensors, self.energy_function, self.dim)
 
     def forward(
         self, h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None
@@ -302,18 +292,6 @@ class EnergyLayer(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.lowering = self._lower()
-
-
-def diagonals(expression: Expr | None) -> set[Parameter]:
-    """The parameters of an interaction that multiply one coordinate of the state by one of the context."""
-    found: set[Parameter] = set()
-    for product in () if expression is None else expression.atoms(Mul):
-        leaves = [factor.base for factor in product.args if isinstance(factor, Indexed)]
-        if any(isinstance(b, State) for b in leaves) and any(
-            isinstance(b, Context) for b in leaves
-        ):
-            found.update(base for base in leaves if isinstance(base, Parameter))
-    return found
 
 
 def derive(

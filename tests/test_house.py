@@ -24,7 +24,7 @@ FLOORS = (
     ("calculus",),
     ("derivation",),
     ("energy",),
-    ("lowering", "sizes", "update", "preconditioner"),
+    ("lowering", "sizes", "initialisation", "update", "preconditioner"),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),
