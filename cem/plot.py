@@ -100,6 +100,12 @@ def _ticks(ax, axis, places, labels):
         plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
 
 
+def _spread(quantiles):
+    """What dots and bars are, for the label of an axis."""
+    low, high = quantiles
+    return f"median, bar from {low:.0%} to {high:.0%}"
+
+
 @matplotlib.rc_context(_STYLE)
 def descent(trace, *, ax=None, quantiles=(0.1, 0.9)):
     """Draws the energy drop of each layer and step: median (dot) and quantiles (bar) over tokens.
@@ -147,7 +153,7 @@ def descent(trace, *, ax=None, quantiles=(0.1, 0.9)):
     _ticks(ax, "x", middles, _labels(trace))
     what = "layers and their steps" if recursive else "layers"
     ax.set_xlabel(f"{what} in order of computation\ncontext: {trace.context}")
-    ax.set_ylabel("energy drop per token")
+    ax.set_ylabel(f"energy drop per token\n{_spread(quantiles)}")
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0.2)
     return ax
 
@@ -186,7 +192,7 @@ def curve(trace, *, ax=None, quantiles=(0.1, 0.9)):
         ax.plot(median, "-o", color=color, markersize=3, label=shown)
     ax.set_xticks(np.arange(0, last + 1, math.ceil(last / 8)))
     ax.set_xlabel(f"step\ncontext: {trace.context}")
-    ax.set_ylabel("energy change per token")
+    ax.set_ylabel(f"energy change per token\n{_spread(quantiles)}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
@@ -330,7 +336,7 @@ def landscape(trace, *, layer=0, batch=0, token=-1, ax=None, resolution=61):
     ax.contour(u, v, energy, levels=levels, colors="w", linewidths=0.3, linestyles="-", alpha=0.5)
     halo = [patheffects.withStroke(linewidth=2.8, foreground="black")]
     ax.plot(*steps.T, color="white", path_effects=halo)
-    arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.5", "shrinkA": 0, "shrinkB": 0}
+    arrow = {"arrowstyle": "-|>,head_width=0.2,head_length=0.65", "shrinkA": 0, "shrinkB": 0}
     arrow |= {"color": "white", "path_effects": halo}
     for tail, tip in zip(steps[:-1], steps[1:], strict=True):
         if np.linalg.norm(tip - tail) > 0.2 * half:

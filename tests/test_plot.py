@@ -101,7 +101,7 @@ def test_descent_draws_the_medians_and_quantiles(steps):
 
 def test_descent_labels():
     ax = draw(plot.descent(make_trace(steps=2)))
-    assert ax.get_ylabel() == "energy drop per token"
+    assert ax.get_ylabel() == "energy drop per token\nmedian, bar from 10% to 90%"
     assert ax.get_xlabel() == f"layers and their steps in order of computation\ncontext: {CONTEXT}"
     names = [label.get_text() for label in ax.get_xticklabels()]
     assert names == ["0.attention", "0.mlp", "1.attention", "1.mlp"]
@@ -161,7 +161,7 @@ def test_curve_adds_up_the_drops():
     for line, drop in zip(lines, drops_of(trace), strict=True):
         change = -np.cumsum(drop.reshape(4, -1), axis=0)
         np.testing.assert_allclose(line.get_ydata(), [0, *np.median(change, axis=1)], atol=1e-15)
-    assert ax.get_ylabel() == "energy change per token"
+    assert ax.get_ylabel() == "energy change per token\nmedian, bar from 10% to 90%"
     assert ax.get_xlabel() == f"step\ncontext: {CONTEXT}"
 
 
@@ -173,7 +173,7 @@ def test_tokens_draws_the_drops_of_one_sequence():
     limit = np.quantile(np.abs(np.array(image.get_array())), 0.98)
     assert (image.norm.vmin, image.norm.vmax) == (-limit, limit)
     assert ax.get_xlabel() == f"token\ncontext: {CONTEXT}"
-    assert image.colorbar.ax.get_ylabel() == "energy drop per token"
+    assert image.colorbar.ax.get_ylabel() == "energy drop per token\nmedian, bar from 10% to 90%"
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["0.attention", "0.mlp", "1.attention", "1.mlp"]
 
