@@ -173,7 +173,7 @@ def test_tokens_draws_the_drops_of_one_sequence():
     limit = np.quantile(np.abs(np.array(image.get_array())), 0.98)
     assert (image.norm.vmin, image.norm.vmax) == (-limit, limit)
     assert ax.get_xlabel() == f"token\ncontext: {CONTEXT}"
-    assert image.colorbar.ax.get_ylabel() == "energy drop per token\nmedian, bar from 10% to 90%"
+    assert image.colorbar.ax.get_ylabel() == "energy drop per token"
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["0.attention", "0.mlp", "1.attention", "1.mlp"]
 
