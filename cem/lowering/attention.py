@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
@@ -21,10 +21,28 @@ from torch import fx
 from ..language.canonical import free_indices, rename
 from ..language.symbols import LogSumExp, Parameter, Softmax, index, size_of, spelling, total
 from . import kernels
+from .ops import Ops
 from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
 
-if TYPE_CHECKING:
-    from .emit import Emitter
+
+
+class Host(Protocol):
+    """What a pattern needs of the emitter that it works for."""
+
+    ops: Ops
+    kernel_logsumexp: bool
+
+    def lower(self, expression: Expr) -> Value:
+        """The value of an expression; emitted once."""
+
+    def constant(self, expression: Expr) -> float | int | None:
+        """The number an expression stands for, or None."""
+
+    def size(self, idx: Idx) -> int:
+        """The length of an axis."""
+
+    def input(self, name: str) -> fx.Node:
+        """An input of the program by name."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,7 @@ class Group:
 class AttentionGroups:
     """Finds the softmaxes of a program over the context and emits one kernel call for each."""
 
-    def __init__(self, emitter: Emitter) -> None:
+    def __init__(self, emitter: Host) -> None:
         self.emitter = emitter
         self.groups: dict[tuple[Expr, Idx], Group | None] = {}
         self.wanted: set[tuple[Expr, Idx]] = set()
