@@ -25,7 +25,6 @@ from .ops import Ops
 from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
 
 
-
 class Host(Protocol):
     """What a pattern needs of the emitter that it works for."""
 
