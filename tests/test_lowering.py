@@ -304,3 +304,19 @@ def test_a_callable_that_branches_on_its_data_is_run_token_by_token():
     inputs = (h, layer.W)
     grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+def test_the_energy_of_a_token_that_sees_nothing():
+    """What a score adds for all context tokens alike vanishes with them, in both ways of computing."""
+    dim = cem.dims("dim")
+    h, x = cem.state(dim), cem.context(dim)
+    i, s = dim.index("i"), x.index("s")
+    energy = cem.Energy(cem.logsumexp(-Sum((h[i] - x[s, i]) ** 2, i) / 2, s), name="distances")
+    layer = cem.derive(energy, dim=4, causal=False, dtype=torch.float64)
+    tokens = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    visible = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]]).bool().expand(2, 3, 3)
+    truth = reference_energy(energy, tokens, visible=visible, causal=False)
+    assert torch.equal(truth[:, 1], torch.zeros(2, dtype=torch.float64))
+    with torch.no_grad():
+        assert_close(layer.energy(tokens, visible=visible), truth, 1e-12)
+    assert_close(layer.energy(tokens.requires_grad_(), visible=visible), truth, 1e-12)

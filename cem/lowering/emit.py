@@ -283,7 +283,9 @@ class Emitter:
         if self.groups is not None and self.kernel_logsumexp and is_seq(expression.index):
             value = self.groups.logsumexp(expression)
             if value is not None:
-                return value
+                place = value.axes.index(TOKEN)
+                seen = self.ops.call(kernels.zero_unseen, value.node, self.input("visible"), place)
+                return Value(seen, value.axes)
         value = self.lower(expression.body)
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_logsumexp")
