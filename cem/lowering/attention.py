@@ -8,10 +8,12 @@ keys, the same tensor serves as both.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -77,7 +79,7 @@ def bilinear(score: Expr, s: Idx) -> tuple[list[Term], list[Expr]] | None:
             inside = _opened(mixed[0]) if len(mixed) == 1 else None
             if inside is None:
                 return None
-            parts, indices = inside
+            parts, indices = _apart(*inside, {*inner, *free_indices(score)})
             pending += [(part, token, context, (*inner, *indices)) for part in reversed(parts)]
     return terms, constant
 
@@ -106,6 +108,21 @@ def _opened(factor: Expr) -> tuple[tuple[Expr, ...], tuple[Idx, ...]] | None:
     if not indices and not factor.is_Add:
         return None
     return Add.make_args(factor), indices
+
+
+def _apart(
+    parts: tuple[Expr, ...], indices: tuple[Idx, ...], taken: set[Idx]
+) -> tuple[tuple[Expr, ...], tuple[Idx, ...]]:
+    """The parts below a sum with fresh names for those of its indices that stand outside it too.
+
+    A canonical sum that does not mention an outer index may bind the same letter.
+    """
+    names = {}
+    for idx in indices:
+        if idx in taken:
+            candidates = (index(f"{idx.label.name}_{n}", size_of(idx)) for n in count(1))
+            names[idx] = next(fresh for fresh in candidates if fresh not in taken)
+    return tuple(rename(part, names) for part in parts), tuple(names.get(i, i) for i in indices)
 
 
 def _token_factors(terms: Sequence[Term]) -> list[Expr]:
@@ -329,21 +346,14 @@ class AttentionGroups:
         return self.concatenate(lowered, group.heads, group.index, name)
 
     def width(self, indices: Sequence[Idx]) -> int:
-        result = 1
-        for idx in indices:
-            result *= self.emitter.size(idx)
-        return result
+        return math.prod(map(self.emitter.size, indices))
 
     def common_scale(self, group: Group) -> tuple[float, list[float]]:
         """A factor of all scores for the kernel's own scale, and what remains for each term."""
         numbers = []
         for term in group.terms:
-            product: float = 1.0
-            for factor in term.token:
-                constant = self.emitter.constant(factor)
-                if constant is not None:
-                    product *= constant
-            numbers.append(float(product))
+            constants = map(self.emitter.constant, term.token)
+            numbers.append(float(math.prod(c for c in constants if c is not None)))
         if all(number == numbers[0] for number in numbers) and numbers[0] > 0:
             return numbers[0], [1] * len(numbers)
         return 1.0, numbers

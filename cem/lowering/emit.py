@@ -78,6 +78,7 @@ class Emitter:
         self.ops = Ops(self.graph, self.size)
         self.groups = AttentionGroups(self) if batched and fuse else None
         self.inputs: dict[str, fx.Node] = {}
+        self.mask: fx.Node | None = None
         self.memo: dict[Expr, Value] = {}
         self.needs_mask = False
         self.reasons: dict[str, None] = {}
@@ -124,9 +125,9 @@ class Emitter:
         node = self.input("visible")
         if not self.batched:
             return Value(node, (idx,))
-        if "mask" not in self.inputs:
-            self.inputs["mask"] = self.ops.call("squeeze", node, 1, name="mask")
-        return Value(self.inputs["mask"], (BATCH, TOKEN, idx))
+        if self.mask is None:
+            self.mask = self.ops.call("squeeze", node, 1, name="mask")
+        return Value(self.mask, (BATCH, TOKEN, idx))
 
     # -- expressions ----------------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ class Emitter:
 
     # -- programs -------------------------------------------------------------------------------------------
 
-    def output(self, expression: Expr, axes: tuple[Idx, ...], name: str | None = None) -> fx.Node:
+    def output(self, expression: Expr, axes: tuple[Idx, ...]) -> fx.Node:
         """The node of an expression in a given layout, broadcast to it where the expression lacks an axis."""
         value = self.lower(expression)
         axes = self.lead + axes

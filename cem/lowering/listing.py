@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import linecache
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from types import SimpleNamespace
 
@@ -20,7 +21,6 @@ INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*"}
 NAMES: dict[Callable, str] = {
     torch.functional.einsum: "torch.einsum",
     torch.nn.functional.scaled_dot_product_attention: "F.scaled_dot_product_attention",
-    getattr: "getattr",
 }
 _OWN = {word.name: word.torch for word in WORDS if word.torch.__module__.startswith("cem")}
 NAMES.update({function: f"words.{name}" for name, function in _OWN.items()})
@@ -50,9 +50,9 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
     text: dict[fx.Node, str] = {}
     compound: set[fx.Node] = set()
     # A parameter may be called F; inside the function it then becomes F_.
-    own = {name: f"{name}_" if name in GLOBALS else name for name in arguments}
+    own = {given: f"{given}_" if given in GLOBALS else given for given in arguments}
     arguments = list(own.values())
-    used = {*arguments, *GLOBALS, "getattr"}
+    used = {*arguments, *GLOBALS}
     lines: list[str] = []
 
     def spell(value) -> str:
@@ -104,36 +104,44 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
 
 
 def wrapped(statement: str, width: int = 96) -> list[str]:
-    """A statement indented by four blanks, broken inside its widest call where it is too long."""
-    if len(statement) <= width:
-        return [f"    {statement}"]
-    depth, opened, best = 0, [], (0, 0, 0)
+    """A statement indented by four blanks, broken inside its widest brackets where it is too long."""
+    opened, widest = [], (0, 0, 0)
     for place, letter in enumerate(statement):
         if letter in "([":
             opened.append(place)
         elif letter in ")]":
             start = opened.pop()
-            best = max(best, (place - start, start, place))
-    _, start, stop = best
-    inside, pieces = statement[start + 1 : stop], [""]
-    for letter in inside:
+            widest = max(widest, (place - start, start, place))
+    _, start, stop = widest
+    if len(statement) <= width or stop == 0:
+        return [f"    {statement}"]
+    pieces = _split_at_commas(statement[start + 1 : stop])
+    lines, line = [f"    {statement[: start + 1]}"], "       "
+    for piece in pieces:
+        if line.strip() and len(line) + len(piece) + 2 > width:
+            lines.append(line)
+            line = "       "
+        # A comma after a lone piece would make a tuple of a bracketed sum.
+        line += f" {piece}," if len(pieces) > 1 else f" {piece}"
+    return [*lines, line, f"    {statement[stop:]}"]
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """The pieces between the commas outside brackets and strings."""
+    pieces, depth, quoted = [""], 0, False
+    for letter in text:
+        quoted ^= letter == "'"
         depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
+        if letter == "," and depth == 0 and not quoted:
             pieces.append("")
         else:
             pieces[-1] += letter
-    lines, line = [f"    {statement[: start + 1]}"], "       "
-    for piece in pieces:
-        if len(line) + len(piece) + 2 > width:
-            lines.append(line)
-            line = "       "
-        line += f" {piece.strip()},"
-    tail = statement[stop:]
-    return [*lines, line, f"    {tail}"]
+    return [piece.strip() for piece in pieces]
 
 
-def _candidates(label: str):
-    yield label
+def _candidates(label: str) -> Iterator[str]:
+    if not keyword.iskeyword(label):
+        yield label
     for n in count(1):
         yield f"{label}_{n}"
 

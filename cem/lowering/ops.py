@@ -43,10 +43,8 @@ class Ops:
 
     def call(self, target, *args, name: str | None = None, **kwargs) -> fx.Node:
         if isinstance(target, str):
-            node = self.graph.create_node("call_method", target, args, kwargs, name=name)
-        else:
-            node = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        return node
+            return self.graph.create_node("call_method", target, args, kwargs, name=name)
+        return self.graph.create_node("call_function", target, args, kwargs, name=name)
 
     # -- layout ---------------------------------------------------------------------------------------------
 
@@ -172,9 +170,9 @@ class Ops:
 
     def pair(self, left: Value, right: Value, over: frozenset[Idx], name: str | None) -> Value:
         shared = frozenset(left.axes) & frozenset(right.axes)
-        left = self.sum(left, over - frozenset(right.axes))
-        right = self.sum(right, over - frozenset(left.axes) - (over - shared))
-        right = self.sum(right, (over - shared) & frozenset(right.axes))
+        alone = over - shared
+        left = self.sum(left, alone & frozenset(left.axes))
+        right = self.sum(right, alone & frozenset(right.axes))
         over = over & shared
         if not over:
             return self.multiply(left, right)
@@ -218,6 +216,10 @@ class Ops:
     def reduce(self, target, value: Value, axis: Idx, visible: Value | None, keep: bool) -> Value:
         """Apply a reduction (or, with ``keep``, a normalisation) to one axis, masked where ``visible`` is given."""
         if visible is None:
+            if axis not in value.axes:
+                node = self.call("unsqueeze", value.node, -1)
+                node = self.call("expand", node, *(-1 for _ in value.axes), self.size(axis))
+                value = Value(node, (*value.axes, axis))
             position = value.axes.index(axis)
             axes = value.axes if keep else value.axes[:position] + value.axes[position + 1 :]
             return Value(self.call(target, value.node, position), axes)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from sympy import Expr, Idx, Indexed, Sum
 from torch import fx
 
-from ..language.canonical import free_indices
 from ..language.symbols import (
     SEQ,
     Context,
@@ -84,8 +83,3 @@ def _reduced(node: Expr) -> frozenset[Idx]:
 def moves_with_token(expression: Expr) -> bool:
     """Whether the value differs from token to token (through the state, a frozen value or the visible set)."""
     return bool(sources(expression) & {State, Frozen, "visible"})
-
-
-def moves_with_context(expression: Expr) -> bool:
-    """Whether the value differs from context token to context token."""
-    return any(map(is_seq, free_indices(expression)))
