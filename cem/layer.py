@@ -78,10 +78,9 @@ class EnergyLayer(nn.Module):
             self.register_parameter(str(parameter.name), nn.Parameter(torch.empty(shape)))
         self._learned = tuple(s for s in scalars if s.name in learn)
         for scalar in self._learned:
-            value = torch.tensor(float(scalars[scalar]))
-            value, name = (
-                (value.log(), f"log_{scalar.name}") if scalar.is_positive else (value, scalar.name)
-            )
+            value, name = torch.tensor(float(scalars[scalar])), scalar.name
+            if scalar.is_positive:
+                value, name = value.log(), f"log_{name}"
             self.register_parameter(name, nn.Parameter(value))
         self.reset_parameters()
         self.lowering = self._lower()
@@ -141,12 +140,10 @@ class EnergyLayer(nn.Module):
         """Parameters and learned scalars in the order in which the lowering takes them."""
         found = [getattr(self, str(p.name)) for p in self.energy_function.parameters]
         for scalar in self._learned:
-            positive = scalar.is_positive
-            found.append(
-                getattr(self, f"log_{scalar.name}").exp()
-                if positive
-                else getattr(self, scalar.name)
-            )
+            if scalar.is_positive:
+                found.append(getattr(self, f"log_{scalar.name}").exp())
+            else:
+                found.append(getattr(self, scalar.name))
         return tuple(found)
 
     def energy(
@@ -164,10 +161,13 @@ class EnergyLayer(nn.Module):
         """
         shape = h.shape
         frozen = h if frozen is None else frozen
-        if self.energy_function.context is not None and context is None:
-            context = h
+        if frozen.shape != shape:
+            raise ValueError(
+                f"layer `{self.energy_function.name}`: `frozen` must have the shape of the state:"
+                f" got {tuple(frozen.shape)} and {tuple(shape)}; give the states before the step"
+            )
         values = self.values()
-        tensors = (h, context, frozen, *values)
+        tensors = (h, context, frozen, *values, *self.norm.parameters())
         tracked = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
@@ -176,7 +176,9 @@ class EnergyLayer(nn.Module):
         frozen = self.norm(frozen.reshape(g.shape))
         return function(g, frozen, x, mask, causal, *values).reshape(shape[:-1])
 
-    def inputs(self, h: Tensor, context: Tensor | None, visible: Tensor | None, dense: bool):
+    def inputs(
+        self, h: Tensor, context: Tensor | None, visible: Tensor | None, dense: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]:
         """Checked inputs with one batch axis: (h, norm(h), norm(context), mask, causal).
 
         ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone.
@@ -325,11 +327,13 @@ def derive(
         refresh: when ``frozen(h)`` is taken: ``"layer"`` once, at the input, or ``"step"``, before every step.
         lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
+        device, dtype: where and in what the parameters are held, as in ``nn.Module.to``.
         **sizes_and_scalars: every named size (``heads=4``), and scalars that differ from their default.
 
     Raises:
         ValueError: an unknown or missing size or scalar, sizes that do not multiply to the width, a causal or
-            masked layer of a callable that cannot be masked.
+            masked layer of a callable that cannot be masked; ``LoweringError`` where ``"fused"`` cannot be had.
+        TypeError: something that is not an ``Energy``.
 
     >>> import cem
     >>> from cem.energies import interaction
@@ -345,7 +349,7 @@ def derive(
     learn = (learn,) if isinstance(learn, str) else tuple(learn)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    check_names(energy, {*dir(EnergyLayer), *ATTRIBUTES})
+    check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES})
     if (
         energy.expression is None
         and energy.context is not None
@@ -368,7 +372,7 @@ def derive(
         scalars,
         learn=learn,
         causal=causal,
-        steps=int(steps),
+        steps=steps,
         update=GradientDescent() if update is None else update,
         preconditioner=_made(preconditioner, width),
         norm=nn.Identity() if norm is None else _made(norm, width),
@@ -378,7 +382,7 @@ def derive(
     return layer.to(device=device, dtype=dtype)
 
 
-def _made(part, width: int):
+def _made(part: nn.Module | Callable | None, width: int) -> nn.Module | None:
     """A module as it is; a class called with the width."""
     if isinstance(part, AbstractPreconditioner) and part.dim != width:
         kind = type(part).__name__

@@ -37,13 +37,14 @@ def solve_sizes(energy: Energy, given: Mapping[str, float]) -> dict[Dim, int]:
     sizes: dict[Dim, int] = {}
     for key in known:
         if key in given:
-            value = given[key]
-            if isinstance(value, bool) or value != int(value) or value < 1:
+            size = _positive_integer(given[key])
+            if size is None:
                 raise ValueError(
-                    f"energy `{name}`: size `{key}` is a positive integer: got {key}={value}"
+                    f"energy `{name}`: size `{key}` is a positive integer: got {key}={given[key]!r};"
+                    f" type `{key}=64`"
                 )
             if key in wanted:
-                sizes[wanted[key]] = int(value)
+                sizes[wanted[key]] = size
     if composite and "dim" in given:
         _solve_width(energy, int(given["dim"]), sizes)
     missing = [key for key, dim in wanted.items() if dim not in sizes]
@@ -53,6 +54,15 @@ def solve_sizes(energy: Energy, given: Mapping[str, float]) -> dict[Dim, int]:
             f" {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}; type {usage}"
         )
     return sizes
+
+
+def _positive_integer(value: object) -> int | None:
+    """The integer that a value is, 64.0 too, or None."""
+    try:
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if isinstance(value, bool) or found != value or found < 1 else found
 
 
 def _solve_width(energy: Energy, width: int, sizes: dict[Dim, int]) -> None:
@@ -109,11 +119,11 @@ def solve_scalars(
     return values
 
 
-def check_names(energy: Energy, taken: Iterable[str]) -> None:
-    """Refuse parameters whose name would hide a part of the layer."""
-    for parameter in energy.parameters:
-        if str(parameter.name) in taken:
+def check_names(energy: Energy, learn: Iterable[str], taken: Iterable[str]) -> None:
+    """Refuse parameters and learned scalars whose name would hide a part of the layer."""
+    for name in (*(str(parameter.name) for parameter in energy.parameters), *learn):
+        if name in taken:
             raise ValueError(
-                f"energy `{energy.name}`: the parameter name `{parameter.name}` is a name of the layer itself;"
+                f"energy `{energy.name}`: the parameter name `{name}` is a name of the layer itself;"
                 " type another name"
             )

@@ -171,6 +171,18 @@ DERIVE = {
         ),
         "energy `e`: the parameter name `forward` is a name of the layer itself; type another",
     ),
+    "a learned scalar that hides a part": (
+        lambda: cem.derive(
+            cem.Energy(cem.scalar("norm", default=1.0) * Sum(h[i], i), name="e"),
+            dim=3,
+            learn="norm",
+        ),
+        "energy `e`: the parameter name `norm` is a name of the layer itself; type another",
+    ),
+    "a size that is no number": (
+        lambda: cem.derive(interaction, **{**SIZES, "dim": "large"}),
+        "size `dim` is a positive integer: got dim='large'; type `dim=64`",
+    ),
     "a preconditioner of another width": (
         lambda: cem.derive(interaction, preconditioner=cem.Diagonal(11), **SIZES),
         r"the preconditioner has dim=11 and the state 12.*type `cem.Diagonal\(12\)`",
@@ -289,6 +301,11 @@ def test_forward(layer, name):
 def test_types(layer, changed, message):
     with pytest.raises(TypeError, match=f"layer `interaction`.*{message}"):
         layer(**{"h": STATE, **changed})
+
+
+def test_a_frozen_state_of_another_shape(layer):
+    with pytest.raises(ValueError, match=r"`frozen` must have the shape.*got \(5, 3, 12\)"):
+        layer.energy(STATE, frozen=torch.randn(5, 3, 12))
 
 
 @pytest.mark.parametrize("what", ["context", "visible"])
