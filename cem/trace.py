@@ -60,6 +60,7 @@ class LayerTrace:
             energies, shape (P,).
         """
         layer, call = self._call["layer"], self._call
+        batch = range(len(call["frozen"]))[batch]
         g, x = call["frozen"][batch : batch + 1], call["x"]
         token = range(g.shape[1])[token]
         visible = None

@@ -155,8 +155,9 @@ def test_masks_contexts_and_leading_axes():
     (found,) = cem.trace(layer, **inputs)
     truth = reference_energy(case.energy, causal=False, **inputs, **values_of(layer))
     assert_close(found.before[0].reshape(2, 3, T), truth, 1e-12)
-    at = found.energy_at(inputs["h"][1, 0, 2:3], batch=3, token=2)
-    assert_close(at[0], truth[1, 0, 2], 1e-12)
+    for batch in (3, -3):
+        at = found.energy_at(inputs["h"][1, 0, 2:3], batch=batch, token=2)
+        assert_close(at[0], truth[1, 0, 2], 1e-12)
 
 
 def test_nan_is_traced_and_shown(h):
