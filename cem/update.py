@@ -21,7 +21,7 @@ class AbstractUpdate(nn.Module, abc.ABC):
         """What the rule remembers before the first step, for a state h of shape (..., dim); None for nothing."""
 
     @abc.abstractmethod
-    def update(self, h: Tensor, gradient: Tensor, state, scale: float = 1.0):
+    def update(self, h: Tensor, gradient: Tensor, state, scale: float = 1.0) -> tuple:
         """The next h, shape (..., dim), and what to remember; ``scale * gradient`` points uphill."""
 
 

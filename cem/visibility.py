@@ -18,7 +18,7 @@ def visible_mask(
     S: int,
     *,
     causal: bool,
-    device: torch.device,
+    device: torch.device | str,
     name: str,
 ) -> Tensor:
     """The visible set as a bool tensor (B or 1, 1, T, S).

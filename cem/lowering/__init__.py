@@ -80,13 +80,16 @@ class _Plan:
 
 @dataclass(frozen=True)
 class EnergyFunction:
-    """Energies (B, T) from (h, frozen, x, visible, causal, *parameters); ``needs_mask`` as in ``Lowering``."""
+    """Energies (B, T) from (h, frozen, x, visible, causal, *parameters); ``needs_mask`` as in ``Lowering``.
 
-    function: Callable[..., Tensor]
+    ``gradient_and_energy`` returns a pair, the unscaled gradient (B, T, D) first.
+    """
+
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]]
     needs_mask: bool = False
     scale: float = 1.0
 
-    def __call__(self, *inputs) -> Tensor:
+    def __call__(self, *inputs) -> Tensor | tuple[Tensor, Tensor]:
         found = self.function(*inputs)
         return found if self.scale == 1 else self.scale * found
 
@@ -104,6 +107,11 @@ class Lowering:
         reasons: sentences that say why something was not fused.
         scale: dE/dh is ``scale`` times what ``gradient`` returns.
         needs_mask: whether the visible set is needed as a dense mask even where a kernel knows it is causal.
+        code: the program of ``gradient`` as readable Python; ``graph`` is it as a torch.fx graph, None for autograd.
+        prepare: the values that stay the same from step to step, as a tuple.
+        gradient: dE/dh (B, T, D) divided by ``scale``.
+        energy: energies (B, T) with a derivative; ``fast_energy`` may lack one.
+        gradient_and_energy: what ``gradient`` and ``fast_energy`` return, from the same kernel calls.
     """
 
     kind: str
@@ -167,7 +175,6 @@ class Autograd(Lowering):
 
     kind = "autograd"
     kernels = ("autograd",)
-    needs_mask = False
 
     def __init__(self, plan: _Plan, reasons: tuple[str, ...]) -> None:
         token, mapping = plan.token_energy(), map_tokens
