@@ -100,7 +100,8 @@ class Energy:
             if name in RESERVED or names.count(name) > 1:
                 why = "is a name of the layer's own inputs" if name in RESERVED else "is used twice"
                 raise ValueError(
-                    f"energy `{self.name}`: the parameter name `{name}` {why}; type another name"
+                    f"energy `{self.name}`: the parameter name `{name}` {why}; type another name, in a sum with"
+                    f" `energy.renamed({name}=...)`"
                 )
 
     # -- what it is made of ---------------------------------------------------------------------------------
@@ -157,23 +158,25 @@ class Energy:
     __rmul__ = __mul__
 
     def renamed(self, name: str | None = None, **names: str) -> Energy:
-        """The same energy with other names for its parameters, so that a sum does not share them.
+        """The same energy with other names for its parameters and scalars, so that a sum does not share them.
 
         >>> from cem.energies import interaction
         >>> [str(p.name) for p in interaction.renamed(Q="Q2", K="K2").parameters]
         ['K2', 'Q2']
         """
         expression = self._symbolic("renamed")
-        known = {str(p.name): p for p in self.parameters}
-        for old in names:
+        known = {str(p.name): p for p in (*self.parameters, *self.scalars)}
+        swap = {}
+        for old, new in names.items():
             if old not in known:
                 raise ValueError(
-                    f"energy `{self.name}` has no parameter `{old}`: its parameters are {', '.join(known)}"
+                    f"energy `{self.name}` has no parameter or scalar `{old}`: it has {', '.join(known) or 'none'}"
                 )
-        swap = {
-            known[old]: Parameter(Symbol(new, real=True), shape=known[old].shape)
-            for old, new in names.items()
-        }
+            part = known[old]
+            if isinstance(part, Scalar):
+                swap[part] = Scalar(new, part.default, part.is_positive)
+            else:
+                swap[part] = Parameter(Symbol(new, real=True), shape=part.shape)
         return Energy(expression.xreplace(swap), name=name or self.name)
 
     # -- text -----------------------------------------------------------------------------------------------

@@ -223,6 +223,16 @@ def test_two_softmaxes_are_two_kernel_calls():
     assert layer.code.count("scaled_dot_product_attention") == 2
 
 
+def test_a_sum_of_two_energies_with_scalars_of_one_name():
+    with pytest.raises(ValueError, match="`beta` is used twice.*renamed"):
+        energies.interaction + energies.memory
+    layer = Case(energies.interaction + energies.memory.renamed(beta="sharpness"), ()).derive()
+    inputs = {"h": torch.randn(1, 3, layer.dim, dtype=torch.float64)}
+    found = gradients(layer, layer, inputs)
+    assert_same(found, gradients(reference(layer), layer, inputs), 1e-12)
+    assert set(layer.scalars) == {"beta", "sharpness"}
+
+
 def test_keys_and_values_are_one_tensor():
     """The cache of a decoder is then one tensor a layer."""
     code = Case(energies.interaction, ()).derive().code
