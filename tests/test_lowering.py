@@ -20,7 +20,7 @@ from helpers import (
     soft_capped,
     two_terms,
 )
-from sympy import Sum, exp, log
+from sympy import Rational, Sum, exp, log
 
 import cem
 from cem import energies
@@ -330,3 +330,21 @@ def test_the_energy_of_a_token_that_sees_nothing():
     with torch.no_grad():
         assert_close(layer.energy(tokens, visible=visible), truth, 1e-12)
     assert_close(layer.energy(tokens.requires_grad_(), visible=visible), truth, 1e-12)
+
+
+@pytest.mark.parametrize("lowering", ["fused", "autograd"])
+@pytest.mark.parametrize("word", [lambda z: 1 / z, log, lambda z: z ** Rational(1, 2), exp])
+def test_a_pole_at_a_token_that_is_not_seen(word, lowering):
+    """An infinite term of the sum over the context is no NaN while a mask or causality hides it."""
+    dim = cem.dims("dim")
+    h, x = cem.state(dim), cem.context(dim)
+    i, s = dim.index("i"), x.index("s")
+    energy = cem.Energy(Sum(word(Sum((h[i] - x[s, i]) ** 2, i)), s), name="repulsion")
+    layer = cem.derive(energy, dim=4, lowering=lowering, dtype=torch.float64)
+    h = torch.randn(1, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h[:, -1] *= 1e3
+    inputs = {"h": h / 4}
+    fixed = {"visible": ~torch.eye(5, dtype=torch.bool)[None]}
+    fixed["visible"][..., -1] = fixed["visible"][..., -1, :] = False
+    found = gradients(layer, layer, inputs, **fixed)
+    assert_same(found, gradients(reference(layer), layer, inputs, **fixed), 1e-12)

@@ -175,6 +175,8 @@ class Emitter:
         if is_word(expression):
             word = word_of(expression.func)
             value = self.lower(expression.args[0])
+            if word.name in ("exp", "log"):
+                value = self.tame(value)
             return Value(self.ops.call(word.torch, value.node, name=word.name), value.axes)
         raise ValueError(f"`{type(expression).__name__}` has no torch meaning: got {expression}")
 
@@ -229,6 +231,8 @@ class Emitter:
     def power(self, base: Expr, exponent: Expr) -> Value:
         value = self.lower(base)
         number = self.constant(exponent)
+        if not isinstance(number, int) or number < 0:
+            value = self.tame(value)
         if base == SEQ and number is not None and number < 0:
             # It divides a sum over the visible tokens, which is 0 where there are none.
             value = Value(self.ops.call("clamp_min", value.node, 1), value.axes)
@@ -239,6 +243,16 @@ class Emitter:
         if number in simple:
             return Value(self.ops.call(simple[number], value.node), value.axes)
         return Value(self.ops.call(torch.pow, value.node, number), value.axes)
+
+    def tame(self, value: Value) -> Value:
+        """The argument of a function with a pole, 1 where a token does not see the context token.
+
+        A factor of 0 for the pair would come too late: 0 * inf is NaN, there and in every derivative.
+        """
+        for idx in filter(is_seq, value.axes):
+            if TOKEN in value.axes or not self.batched:
+                value = self.ops.binary(kernels.one_unseen, value, self.visible(idx))
+        return value
 
     def product(self, factors: Sequence[Expr], over: frozenset[Idx]) -> Value:
         """The product of factors, summed over indices, masked where one of them runs over the context."""

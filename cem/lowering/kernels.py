@@ -64,6 +64,11 @@ def zero_unseen(values: Tensor, visible: Tensor | None, axis: int) -> Tensor:
     return values.masked_fill(empty.view(shape), 0.0)
 
 
+def one_unseen(values: Tensor, visible: Tensor) -> Tensor:
+    """Values with ones where nothing is visible."""
+    return torch.where(visible, values, 1.0)
+
+
 def masked_softmax(scores: Tensor, visible: Tensor, dim: int) -> Tensor:
     """Softmax over the visible entries of an axis; zeros where nothing is visible."""
     some = visible.any(dim, keepdim=True)
