@@ -47,6 +47,11 @@ class Energy:
     """
 
     def __init__(self, expression: Expr, name: str = "energy") -> None:
+        if not isinstance(expression, Expr | int | float):
+            raise TypeError(
+                f"`Energy` takes a SymPy expression: got {type(expression).__name__}; for a torch callable type"
+                ' `@cem.energy(h="dim", ...)` above it'
+            )
         expression = sympify(expression)
         self.name = name
         self.function: Callable | None = None
@@ -151,11 +156,29 @@ class Energy:
 
     def __mul__(self, factor) -> Energy:
         """A multiple of the energy; the factor is a number or a scalar of the language."""
-        if isinstance(factor, Energy):
+        if not isinstance(factor, Expr | int | float):
             return NotImplemented
         return Energy(sympify(factor) * self._symbolic("scaled"), name=self.name)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor) -> Energy:
+        """The energy divided by a number or a scalar of the language."""
+        if not isinstance(divisor, Expr | int | float):
+            return NotImplemented
+        return self * (1 / sympify(divisor))
+
+    def __neg__(self) -> Energy:
+        """The energy turned upside down."""
+        return self * -1
+
+    def __sub__(self, other: Energy) -> Energy:
+        """The difference of two energies of one state."""
+        return self + -other if isinstance(other, Energy) else NotImplemented
+
+    def __radd__(self, other) -> Energy:
+        """So that ``sum`` adds energies."""
+        return self if other == 0 else NotImplemented
 
     def renamed(self, name: str | None = None, **names: str) -> Energy:
         """The same energy with other names for its parameters and scalars, so that a sum does not share them.

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, S context tokens, D dim.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -346,10 +347,15 @@ def derive(
             f'`derive` takes an Energy: got {type(energy).__name__}; type `@cem.energy(h="dim", ...)` above a'
             " callable, or `cem.Energy(expression)`"
         )
+    if update is not None and not isinstance(update, AbstractUpdate):
+        raise TypeError(
+            f"`update` is an update rule: got {update!r}; type `update=cem.GradientDescent(step_size=0.5)`"
+        )
     learn = (learn,) if isinstance(learn, str) else tuple(learn)
+    arguments = set(inspect.signature(derive).parameters) - {"sizes_and_scalars"}
+    check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES}, arguments)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES})
     if (
         energy.expression is None
         and energy.context is not None

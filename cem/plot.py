@@ -131,7 +131,7 @@ def descent(trace, *, ax=None, quantiles=(0.1, 0.9)):
     kinds = list(dict.fromkeys(layer.energy_name for layer in trace))
     shades = {kind: _COLORS[i % len(_COLORS)] for i, kind in enumerate(kinds)}
     starts = np.cumsum([0, *(len(drop) + 0.8 * recursive for drop in drops)])
-    ax = _axes(ax, min(7.0, max(3.4, 1.3 + 0.2 * starts[-1])), 2.7)
+    ax = _axes(ax, min(7.0, max(3.9, 1.6 + 0.2 * starts[-1])), 2.7)
     ax.axhline(0, color="0.2", linewidth=0.8, zorder=1)
     handles = [Line2D([], [], color=shades[kind], marker="o", label=kind) for kind in kinds]
     summaries = [_summary(drop, quantiles) for drop in drops]

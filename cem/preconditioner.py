@@ -29,7 +29,7 @@ class AbstractPreconditioner(nn.Module, abc.ABC):
 
     def dense(self) -> Tensor:
         """The matrix P, shape (D, D), for tests and pictures."""
-        like = next(self.parameters())
+        like = next(self.parameters(), torch.empty(()))
         return self(torch.eye(self.dim, dtype=like.dtype, device=like.device)).T
 
     def extra_repr(self) -> str:

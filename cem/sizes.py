@@ -119,11 +119,27 @@ def solve_scalars(
     return values
 
 
-def check_names(energy: Energy, learn: Iterable[str], taken: Iterable[str]) -> None:
-    """Refuse parameters and learned scalars whose name would hide a part of the layer."""
-    for name in (*(str(parameter.name) for parameter in energy.parameters), *learn):
-        if name in taken:
+def check_names(
+    energy: Energy, learn: Iterable[str], taken: Iterable[str], arguments: Iterable[str]
+) -> None:
+    """Refuse names that would hide a part of the layer or an argument of ``derive``.
+
+    ``taken`` are the attributes of a layer, ``arguments`` the other arguments of ``derive``.
+    """
+    parameters = [str(parameter.name) for parameter in energy.parameters]
+    for name in (*parameters, *learn):
+        if name in taken or (name in learn and f"log_{name}" in parameters):
+            other = (
+                "a name of the layer itself"
+                if name in taken
+                else f"stored as `log_{name}`, a parameter"
+            )
             raise ValueError(
-                f"energy `{energy.name}`: the parameter name `{name}` is a name of the layer itself;"
-                " type another name"
+                f"energy `{energy.name}`: the parameter name `{name}` is {other}; type another name"
+            )
+    for name in (*map(str, energy.dims), *(scalar.name for scalar in energy.scalars)):
+        if name in arguments:
+            raise ValueError(
+                f"energy `{energy.name}`: `{name}` is an argument of `derive` itself, so it cannot name a"
+                " size or a scalar; type another name"
             )

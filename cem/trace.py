@@ -105,14 +105,16 @@ class EnergyTrace:
         )
 
     def numpy(self) -> dict[str, dict]:
-        """Energies as numpy arrays: layer name -> ``{"before": (N, B, T), "after": (N, B, T)}``."""
-        return {
-            layer.name: {
-                "before": layer.before.float().cpu().numpy(),
-                "after": None if layer.after is None else layer.after.float().cpu().numpy(),
-            }
-            for layer in self.layers
-        }
+        """Energies as numpy arrays: layer name -> ``{"before": (N, B, T), "after": (N, B, T)}``.
+
+        The second call of one layer is found under its name with ``#2``.
+        """
+        found: dict[str, dict] = {}
+        for layer in self.layers:
+            calls = sum(name.split("#")[0] == layer.name for name in found)
+            name = f"{layer.name}#{calls + 1}" if calls else layer.name
+            found[name] = {"before": _array(layer.before), "after": _array(layer.after)}
+        return found
 
     def table(self) -> str:
         """One line a layer and step: mean energies, median drop, share of tokens that went down."""
@@ -136,6 +138,13 @@ class EnergyTrace:
         from . import plot
 
         return plot.descent(self, ax=ax)
+
+
+def _array(energies: Tensor | None):
+    """A numpy array; numpy has no bfloat16."""
+    if energies is None:
+        return None
+    return energies.cpu().to(torch.promote_types(energies.dtype, torch.float32)).numpy()
 
 
 def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: bool, states: bool):

@@ -335,3 +335,51 @@ def test_nan_is_not_hidden(lowering):
 def test_an_empty_batch_is_no_error(layer):
     assert layer(torch.randn(0, 3, 12)).shape == (0, 3, 12)
     assert Case(looped, ()).derive(causal=False)(STATE.double()).shape == STATE.shape
+
+
+def test_a_size_with_the_name_of_an_argument_of_derive():
+    steps = cem.dims("steps")
+    h, m = cem.state(steps), steps.index("m")
+    energy = cem.Energy(Sum(h[m] ** 2, m), name="e")
+    with pytest.raises(
+        ValueError, match="`steps` is an argument of `derive` itself.*type another name"
+    ):
+        cem.derive(energy, steps=3)
+
+
+def test_a_learned_scalar_beside_a_parameter_that_has_its_place():
+    dim = cem.dims("dim")
+    h, i = cem.state(dim), dim.index("i")
+    beta, other = cem.scalar("beta", default=1.0, positive=True), cem.parameter("log_beta", dim)
+    energy = cem.Energy(beta * Sum(other[i] * h[i], i), name="e")
+    with pytest.raises(ValueError, match="stored as `log_beta`, a parameter; type another name"):
+        cem.derive(energy, dim=3, learn="beta")
+    assert cem.derive(energy, dim=3).log_beta.shape == (3,)
+
+
+def test_an_energy_of_a_string_is_refused_not_evaluated():
+    with pytest.raises(TypeError, match="`Energy` takes a SymPy expression: got str"):
+        cem.Energy("__import__('os')")
+    with pytest.raises(TypeError):
+        "2" * cem.Energy(_quadratic())
+
+
+def _quadratic():
+    dim = cem.dims("dim")
+    h, i = cem.state(dim), dim.index("i")
+    return Sum(h[i] ** 2, i)
+
+
+def test_an_update_that_is_no_rule():
+    energy = cem.Energy(_quadratic(), name="e")
+    for wrong in (0.1, cem.GradientDescent):
+        with pytest.raises(TypeError, match="`update` is an update rule: got .*GradientDescent"):
+            cem.derive(energy, dim=3, update=wrong)
+
+
+def test_energies_add_subtract_and_scale():
+    one = cem.Energy(_quadratic(), name="one")
+    assert sum([one, one]) == 2 * one == one - -one
+    assert one / 2 == 0.5 * one
+    with pytest.raises(TypeError):
+        one + 1
