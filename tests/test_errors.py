@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import Case, D, c, dim, h, i, looped, m, rank, s, w, x
-from sympy import Sum, Symbol, erf
+from sympy import Mul, S, Sum, Symbol, erf
 
 import cem
 from cem import energies
@@ -383,3 +383,9 @@ def test_energies_add_subtract_and_scale():
     assert one / 2 == 0.5 * one
     with pytest.raises(TypeError):
         one + 1
+
+
+@pytest.mark.parametrize("factor", ["ImaginaryUnit", "Infinity", "NegativeInfinity"])
+def test_an_energy_that_is_no_finite_real_number(factor):
+    with pytest.raises(ValueError, match="energy `e` must be a finite real number"):
+        cem.Energy(Mul(getattr(S, factor), _quadratic(), evaluate=False), name="e")

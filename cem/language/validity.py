@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from sympy import Expr, Function, Idx, Indexed, Sum, Symbol
+from sympy import Expr, Function, Idx, Indexed, S, Sum, Symbol
 
 from .canonical import free_indices
 from .symbols import Context, NamedArray, State
 from .words import word_of
+
+UNREAL = tuple(
+    type(number)
+    for number in (S.ImaginaryUnit, S.Infinity, S.NegativeInfinity, S.NaN, S.ComplexInfinity)
+)
 
 
 def check_expression(expression: Expr, name: str) -> list[NamedArray]:
@@ -51,6 +56,10 @@ def _check_nodes(expression: Expr, name: str) -> None:
             raise ValueError(
                 f"energy `{name}`: the array `{node.name}` stands without indices: got {expression}; type"
                 f' `{node.name}[i]` with `i = {node.shape[0]}.index("i")`'
+            )
+        if isinstance(node, UNREAL):
+            raise ValueError(
+                f"energy `{name}` must be a finite real number: got `{node}` in {expression}; leave it out"
             )
         if type(node) is Symbol:
             raise ValueError(
