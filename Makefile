@@ -4,6 +4,7 @@ VENV     ?= .venv
 PIP_ARGS ?=
 JOBS     ?= 2
 ARGS     ?=
+RESULTS  := benchmarks/results
 BIN      := $(VENV)/bin
 INSTALL   = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
 
@@ -41,13 +42,16 @@ test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the q
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one
-	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest $(ARGS)
+	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest --junitxml=$(RESULTS)/tests-cuda.xml $(ARGS)
 
-bench: $(VENV)/.package  ## time the derived layers against hand-written ones
+bench: $(VENV)/.package  ## time the derived layers against hand-written ones; ARGS='--out FILE.json'
 	$(BIN)/python -m benchmarks.layers $(ARGS)
 
-bench-gpu: $(GPU_BENCH)  ## the same on a GPU; ARGS='--dtype bfloat16 --compile'
-	$(GPU_PYTHON) -m benchmarks.layers --device cuda $(ARGS)
+bench-gpu: $(GPU_BENCH)  ## the same on a GPU in float32, in bfloat16 and compiled, each to its own result file
+	$(GPU_PYTHON) -m benchmarks.layers --device cuda --out $(RESULTS)/cuda.json $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.layers --device cuda --dtype bfloat16 --out $(RESULTS)/cuda-bfloat16.json $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.layers --device cuda --dtype bfloat16 --compile --only speed \
+		--out $(RESULTS)/cuda-bfloat16-compiled.json --readme $(ARGS)
 
 lint: $(VENV)/.dev  ## set up and run the static checks
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
