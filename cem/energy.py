@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
-from sympy import Expr, Symbol, sympify
+from sympy import Expr, Symbol
 
 from .calculus.curvature import curvature
 from .calculus.gradient import gradient
 from .derivation import Derivation
 from .language import serial
 from .language.canonical import canonical
+from .language.conversion import as_expression
 from .language.evaluation import Evaluator
 from .language.notation import latex
 from .language.symbols import Context, Dim, Frozen, NamedArray, Parameter, Scalar, State
@@ -52,7 +53,7 @@ class Energy:
                 f"`Energy` takes a SymPy expression: got {type(expression).__name__}; for a torch callable type"
                 ' `@cem.energy(h="dim", ...)` above it'
             )
-        expression = sympify(expression)
+        expression = as_expression(expression)
         self.name = name
         self.function: Callable | None = None
         self.reason = ""
@@ -158,7 +159,7 @@ class Energy:
         """A multiple of the energy; the factor is a number or a scalar of the language."""
         if not isinstance(factor, Expr | int | float):
             return NotImplemented
-        return Energy(sympify(factor) * self._symbolic("scaled"), name=self.name)
+        return Energy(as_expression(factor) * self._symbolic("scaled"), name=self.name)
 
     __rmul__ = __mul__
 
@@ -166,7 +167,7 @@ class Energy:
         """The energy divided by a number or a scalar of the language."""
         if not isinstance(divisor, Expr | int | float):
             return NotImplemented
-        return self * (1 / sympify(divisor))
+        return self * (1 / as_expression(divisor))
 
     def __neg__(self) -> Energy:
         """The energy turned upside down."""
@@ -299,7 +300,7 @@ class Energy:
                     )
         for base, tensor in given:
             for size, length in zip(base.shape, tensor.shape, strict=True):
-                known = sympify(size.xreplace(sizes))
+                known = as_expression(size.xreplace(sizes))
                 if not known.is_number or int(known) != length:
                     raise ValueError(
                         f"energy `{self.name}`: an axis of `{base.name}` is {size} = {known}: got {length} in"

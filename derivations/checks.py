@@ -119,7 +119,8 @@ def assert_gradient_matches_sympy(
     for _ in range(points):
         values = {
             str(base.name): _rationals(
-                generator, tuple(int(sympy.sympify(size).subs(dims)) for size in base.shape)
+                generator,
+                tuple(int(sympy.sympify(size, strict=True).subs(dims)) for size in base.shape),
             )
             for base in tensors
         }

@@ -254,7 +254,7 @@ def test_nothing_is_evaluated(payload, tmp_path):
     for text in places:
         with pytest.raises(ValueError):
             from_json(text)
-    with pytest.raises(ValueError):
+    with pytest.raises(TypeError, match="of type str; type it without quotes"):
         to_json(payload)
     assert from_json(document(0, name=payload)) == (0, payload)
     assert not target.exists()

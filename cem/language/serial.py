@@ -26,11 +26,11 @@ from sympy import (
     Sum,
     Symbol,
     pi,
-    sympify,
 )
 from sympy import E as euler
 
 from . import symbols
+from .conversion import as_expression
 from .symbols import Dim, LogSumExp, NamedArray, Ravel, Scalar, Softmax, index, size_of, split
 from .words import WORDS
 
@@ -69,7 +69,7 @@ def to_json(expression: Expr, name: str = "energy") -> str:
     (silu(h[i]), 'example')
     """
     writer = _Writer()
-    tree = writer.tree(sympify(expression, strict=True), "$.energy", 0)
+    tree = writer.tree(as_expression(expression), "$.energy", 0)
     document = {
         "cem": VERSION,
         "name": name,

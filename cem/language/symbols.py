@@ -13,22 +13,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
-from sympy import (
-    Add,
-    Basic,
-    Expr,
-    Idx,
-    Indexed,
-    IndexedBase,
-    Integer,
-    Mul,
-    S,
-    Sum,
-    Symbol,
-    Tuple,
-    sympify,
-)
+from sympy import Add, Basic, Expr, Idx, Indexed, IndexedBase, Integer, Mul, S, Sum, Symbol, Tuple
 from sympy.core.function import Function
+
+from .conversion import as_expression
 
 
 class Dim(Symbol):
@@ -96,7 +84,7 @@ class NamedArray(IndexedBase):
     is_real = True
 
     def __getitem__(self, slots) -> Indexed:
-        slots = tuple(map(sympify, slots if isinstance(slots, tuple) else (slots,)))
+        slots = tuple(map(as_expression, slots if isinstance(slots, tuple) else (slots,)))
         sizes = ", ".join(map(str, self.shape))
         if len(slots) != len(self.shape):
             raise ValueError(
@@ -186,7 +174,7 @@ def parameter(name: str, *shape: Expr) -> Parameter:
         raise ValueError(
             f"parameter `{name}` has no sizes: got (); for a number type `cem.scalar({name!r})`"
         )
-    if any(sympify(size).has(SEQ) for size in shape):
+    if any(as_expression(size).has(SEQ) for size in shape):
         raise ValueError(
             f"parameter `{name}` has an axis over tokens: got {shape}; what differs from token to token is the"
             " context, `cem.context(dim)`"
@@ -202,7 +190,7 @@ class Scalar(Symbol):
     def __new__(cls, name: str, default=None, positive: bool | None = None) -> Scalar:
         assumptions = {"positive": True} if positive else {"real": True}
         self = Symbol.__xnew__(cls, name, **assumptions)
-        self.default = None if default is None else sympify(default)
+        self.default = None if default is None else as_expression(default)
         return self
 
     def _hashable_content(self):
@@ -327,7 +315,7 @@ def logsumexp(expression: Expr, *indices: Idx) -> Expr:
                 f"`logsumexp` sums over indices: got {idx!r} of type {type(idx).__name__};"
                 ' make one with `dim.index("i")` or `x.index("s")`'
             )
-        expression = LogSumExp(sympify(expression), idx)
+        expression = LogSumExp(as_expression(expression), idx)
     return expression
 
 

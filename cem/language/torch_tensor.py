@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp, sympify
+from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp
 
 from .canonical import free_indices, rename
+from .conversion import as_expression
 from .symbols import SEQ, Dim, LogSumExp, NamedArray, Softmax, join, size_of, total
 
 Axis = tuple[Idx, ...]
@@ -280,7 +281,7 @@ def as_size(value) -> Expr:
     if isinstance(value, Value) and not value.axes:
         return value.expression
     if isinstance(value, int) and value in (-1, 1):
-        return sympify(value)
+        return as_expression(value)
     raise Untranslatable(
         f"the size {value} is not a named one: read it from `.shape`, as in `heads = Q.shape[0]`"
     )

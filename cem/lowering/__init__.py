@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from sympy import Expr, Symbol, sympify
+from sympy import Expr, Symbol
 from torch import Tensor, fx
 
 from ..calculus.gradient import output_index
 from ..energy import Energy
+from ..language.conversion import as_expression
 from ..language.symbols import Scalar
 from .emit import INPUTS, Emitter, Program
 from .listing import compiled, listing
@@ -67,7 +68,7 @@ class _Plan:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: Expr | int) -> Tensor:
-            lengths = [int(sympify(size).xreplace(dict(self.sizes))) for size in shape]
+            lengths = [int(as_expression(size).xreplace(dict(self.sizes))) for size in shape]
             return torch.randn(lengths, generator=generator)
 
         energy = self.energy

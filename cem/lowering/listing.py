@@ -49,6 +49,10 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
     """The source of a function ``name(*arguments)`` that computes the graph's outputs."""
     text: dict[fx.Node, str] = {}
     compound: set[fx.Node] = set()
+    # The text is run, and arguments are the only names in it that torch.fx has not cleaned.
+    for argument in arguments:
+        if not argument.isidentifier():
+            raise ValueError(f"an argument of a program must be a Python name: got {argument!r}")
     # A parameter may be called F; inside the function it then becomes F_.
     own = {given: f"{given}_" if given in GLOBALS else given for given in arguments}
     arguments = list(own.values())
