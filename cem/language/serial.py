@@ -57,7 +57,7 @@ def to_json(expression: Expr, name: str = "energy") -> str:
     """An expression of the language as JSON text, the same text for equal expressions.
 
     ``ValueError`` for what is not of the language: a plain symbol, a function without a row in the
-    table of words, two different tensors of one name.
+    table of words, two different tensors of one name; ``TypeError`` for text.
 
     >>> import cem
     >>> dim = cem.dims("dim")
