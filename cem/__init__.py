@@ -3,15 +3,19 @@
 from ._version import __version__
 from .derivation import Derivation
 from .energy import Energy, energy
+from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
 from .language.words import (
     antiderivative,
+    floor,
     gelu,
     gelu_antiderivative,
     gelu_tanh,
+    indicator,
     log_cosh,
     normal_cdf,
     normal_pdf,
+    only,
     relu,
     relu_antiderivative,
     sigmoid,
@@ -41,23 +45,30 @@ __all__ = [
     "LoweringError",
     "ScaledIdentity",
     "__version__",
+    "alibi_slopes",
     "antiderivative",
     "context",
     "derive",
     "dims",
     "energy",
+    "floor",
     "frozen",
     "gelu",
     "gelu_antiderivative",
     "gelu_tanh",
     "index",
+    "indicator",
     "log_cosh",
     "logsumexp",
+    "lookup",
     "normal_cdf",
     "normal_pdf",
+    "only",
     "parameter",
+    "position",
     "relu",
     "relu_antiderivative",
+    "rope",
     "scalar",
     "sigmoid",
     "silu",
@@ -66,6 +77,7 @@ __all__ = [
     "softplus_antiderivative",
     "state",
     "step",
+    "t5_bucket",
     "trace",
 ]
 

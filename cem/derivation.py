@@ -29,7 +29,8 @@ from .language.document import (
     as_text,
     paragraph,
 )
-from .language.notation import latex, terms
+from .language.notation import latex
+from .language.order import terms
 from .language.symbols import Frozen, NamedArray, Scalar
 from .language.words import WORDS
 

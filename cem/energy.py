@@ -18,11 +18,12 @@ from .language.canonical import canonical
 from .language.conversion import as_expression
 from .language.evaluation import Evaluator
 from .language.notation import latex
+from .language.positions import CONTEXT_POSITION, POSITIONS, TOKEN_POSITION
 from .language.symbols import Context, Dim, Frozen, NamedArray, Parameter, Scalar, State
 from .language.tracing import Untranslatable, signature, translate
 from .language.validity import check_expression
 
-RESERVED = ("h", "x", "frozen", "visible", "causal")
+RESERVED = ("h", "x", "frozen", "visible", "causal", "position", "context_position")
 
 
 class Energy:
@@ -57,7 +58,7 @@ class Energy:
         self.name = name
         self.function: Callable | None = None
         self.reason = ""
-        self.masks_itself = False
+        self.masks_itself = self.asks_positions = False
         bases = check_expression(expression, name)
         self.expression: Expr | None = canonical(expression)
         states = [b for b in bases if isinstance(b, State | Frozen)]
@@ -84,6 +85,7 @@ class Energy:
         self.reason = ""
         found = signature(function, dict(shapes))
         self.masks_itself = found.visible
+        self.asks_positions = found.position or found.context_position
         self.state, self.context = found.state, found.context
         self.parameters = tuple(sorted(found.parameters, key=lambda p: str(p.name)))
         self.scalars = tuple(sorted(found.scalars, key=str))
@@ -135,6 +137,13 @@ class Energy:
         if self.expression is None:
             raise ValueError(f"energy `{self.name}` has no symbolic gradient: {self.reason}")
         return gradient(self.expression, self.width)
+
+    @cached_property
+    def has_positions(self) -> bool:
+        """Whether the energy reads the positions of tokens."""
+        if self.expression is None:
+            return self.asks_positions
+        return bool(self.expression.atoms(*POSITIONS))
 
     @property
     def curvature(self) -> str:
@@ -237,8 +246,9 @@ class Energy:
         Args:
             h: the state, shape (dim,).
             x: the visible context tokens, shape (seq, dim).
-            **values: every parameter by name, scalars that differ from their default, and ``frozen`` for a
-                frozen state other than h.
+            **values: every parameter by name, scalars that differ from their default, ``frozen`` for a frozen
+                state other than h, and the positions ``position`` () and ``context_position`` (seq,) of the
+                token and of what it sees, by default the last one and 0, 1, ...
 
         Raises:
             ValueError: a missing parameter, or shapes that contradict each other.
@@ -246,10 +256,17 @@ class Energy:
         if self.expression is None:
             return self.function(h, *(() if x is None else (x,)), **values)
         frozen = values.pop("frozen", h)
+        own, others = values.pop("position", None), values.pop("context_position", None)
         sizes = self.infer_sizes(h, x, values)
         tensors = {str(self.state.name): h, f"{self.state.name}bar": frozen}
         if self.context is not None:
             tensors[str(self.context.name)] = x
+        if self.has_positions:
+            count = 1 if x is None else len(x)
+            others = torch.arange(count) if others is None else others
+            tensors[str(CONTEXT_POSITION.name)] = torch.as_tensor(others).to(h)
+            own = count - 1 if own is None else own
+            tensors[TOKEN_POSITION.name] = torch.as_tensor(own).to(h)
         for scalar in self.scalars:
             value = values.pop(scalar.name, scalar.default)
             if value is None:

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from .energy import Energy
 from .initialisation import initialise
+from .inputs import Reader, Seen
 from .language.symbols import Scalar
 from .lowering import Lowering, lower
 from .preconditioner import AbstractPreconditioner
 from .sizes import check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
-from .visibility import visible_mask
 
 REFRESH = ("layer", "step")
 ATTRIBUTES = (
     "dim",
     "context_dim",
+    "reader",
     "update",
     "preconditioner",
     "norm",
@@ -73,6 +74,7 @@ class EnergyLayer(nn.Module):
         self.context_dim = self.dim
         if energy.context is not None:
             self.context_dim = width_of(energy.context.shape[1], sizes)
+        self.reader = Reader(energy, self.dim, self.context_dim, causal)
         self.update, self.preconditioner, self.norm = update, preconditioner, norm
         for parameter in energy.parameters:
             shape = [width_of(size, sizes) for size in parameter.shape]
@@ -91,7 +93,7 @@ class EnergyLayer(nn.Module):
         names += tuple(s.name for s in self._learned)
         fixed: tuple[str, ...] = ()
         if self.steps > 1:
-            fixed = ("x", "visible", "causal", *names)
+            fixed = (*Seen._fields, *names)
             fixed += ("frozen",) if self.refresh == "layer" else ()
         return lower(
             self.energy_function, self._sizes, self._fixed, names, kind=self._asked, fixed=fixed
@@ -103,7 +105,14 @@ class EnergyLayer(nn.Module):
         initialise(tensors, self.energy_function, self.dim)
 
     def forward(
-        self, h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None
+        self,
+        h: Tensor,
+        *,
+        context: Tensor | None = None,
+        visible: Tensor | None = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """The state after ``steps`` updates.
 
@@ -113,21 +122,34 @@ class EnergyLayer(nn.Module):
                 s <= t + S - T: the states are the last T tokens of the context.
             visible: bool, True where a token may look: (..., S) for padding, or (..., T, S). It adds to
                 causality. A token that sees nothing gets no force from the context.
+            positions: whole numbers, (T,) or (..., T), for energies with ``position`` or ``rope``; those of the
+                last T context tokens if None, or 0, 1, ... for a layer that is not causal.
+            context_positions: (S,) or (..., S); ``positions`` if the context is None, else 0, 1, ...
+            document_ids: whole numbers (..., S): tokens see those of their own document only.
 
         Returns:
             states, shape (..., T, D).
         """
         shape = h.shape
-        h, g, x, mask, causal = self.inputs(h, context, visible, self.lowering.needs_mask)
+        h, g, seen = self.reader(
+            self.norm,
+            h,
+            context=context,
+            visible=visible,
+            positions=positions,
+            context_positions=context_positions,
+            document_ids=document_ids,
+            dense=self.lowering.needs_mask,
+        )
         values = self.values()
         frozen = g
-        fixed = self.lowering.prepare(g, frozen, x, mask, causal, *values)
+        fixed = self.lowering.prepare(g, frozen, *seen, *values)
         state = self.update.init(h)
         for step in range(self.steps):
             if step:
                 g = self.norm(h)
                 frozen = g if self.refresh == "step" else frozen
-            gradient = self.lowering.gradient(g, frozen, x, mask, causal, *values, *fixed)
+            gradient = self.lowering.gradient(g, frozen, *seen, *values, *fixed)
             h, state = self.move(h, gradient, state)
         return h.reshape(shape)
 
@@ -147,18 +169,11 @@ class EnergyLayer(nn.Module):
                 found.append(getattr(self, scalar.name))
         return tuple(found)
 
-    def energy(
-        self,
-        h: Tensor,
-        *,
-        context: Tensor | None = None,
-        frozen: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
+    def energy(self, h: Tensor, *, frozen: Tensor | None = None, **inputs: Tensor | None) -> Tensor:
         """The energy of every token, shape (..., T), dimensionless, lower is better.
 
-        ``context`` and ``frozen`` default to ``h``. Give both the states *before* a step to ask for the energy
-        after it at the context and the gates that the step saw.
+        ``inputs`` are those of :meth:`forward`. The context and ``frozen`` default to ``h``: give both the states
+        *before* a step to ask for the energy after it at the context and the gates that the step saw.
         """
         shape = h.shape
         frozen = h if frozen is None else frozen
@@ -168,89 +183,14 @@ class EnergyLayer(nn.Module):
                 f" got {tuple(frozen.shape)} and {tuple(shape)}; give the states before the step"
             )
         values = self.values()
-        tensors = (h, context, frozen, *values, *self.norm.parameters())
+        tensors = (h, frozen, *inputs.values(), *values, *self.norm.parameters())
         tracked = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
         function = self.lowering.energy if tracked else self.lowering.fast_energy
-        _, g, x, mask, causal = self.inputs(h, context, visible, function.needs_mask)
+        _, g, seen = self.reader(self.norm, h, **inputs, dense=function.needs_mask)
         frozen = self.norm(frozen.reshape(g.shape))
-        return function(g, frozen, x, mask, causal, *values).reshape(shape[:-1])
-
-    def inputs(
-        self, h: Tensor, context: Tensor | None, visible: Tensor | None, dense: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]:
-        """Checked inputs with one batch axis: (h, norm(h), norm(context), mask, causal).
-
-        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone.
-        """
-        self._check(h, "state", self.dim)
-        tokens = h.reshape(-1, *h.shape[-2:])
-        g = self.norm(tokens)
-        if self.energy_function.context is None:
-            if context is not None or visible is not None:
-                what = "context" if context is not None else "visible"
-                raise ValueError(
-                    f"layer `{self.energy_function.name}` has no context: got `{what}`;"
-                    f" call it without `{what}`"
-                )
-            return tokens, g, None, None, False
-        if context is None:
-            if self.context_dim != self.dim:
-                raise ValueError(
-                    f"layer `{self.energy_function.name}` needs a context of width {self.context_dim}: got none;"
-                    " call it with `context=`"
-                )
-            x = g
-        else:
-            self._check(context, "context", self.context_dim)
-            if context.shape[:-2] != h.shape[:-2]:
-                raise ValueError(
-                    f"layer `{self.energy_function.name}`: state and context must have the same leading sizes:"
-                    f" got {tuple(h.shape)} and {tuple(context.shape)}; expand one of them"
-                )
-            x = context.reshape(-1, *context.shape[-2:])
-            x = self.norm(x) if self.context_dim == self.dim else x
-        mask, causal = self._visible(tokens.shape[1], x.shape[1], visible, h, dense)
-        return tokens, g, x, mask, causal
-
-    def _check(self, h: Tensor, what: str, width: int) -> None:
-        name = self.energy_function.name
-        if not h.is_floating_point():
-            raise TypeError(
-                f"layer `{name}` takes a floating-point {what}: got {h.dtype}; embed tokens first or type"
-                " `h.float()`"
-            )
-        if h.dim() < 2 or h.shape[-1] != width:
-            raise ValueError(
-                f"layer `{name}` takes a {what} of shape (..., tokens, {width}): got {tuple(h.shape)}"
-            )
-        if h.shape[-2] == 0:
-            raise ValueError(
-                f"layer `{name}` needs at least one token: got a {what} of shape {tuple(h.shape)}"
-            )
-
-    def _visible(
-        self, T: int, S: int, visible: Tensor | None, h: Tensor, dense: bool
-    ) -> tuple[Tensor | None, bool]:
-        """The mask (B or 1, 1, T, S) or None, and whether a kernel must still apply causality."""
-        energy = self.energy_function
-        if self.causal and S < T:
-            raise ValueError(
-                f"causal layer `{energy.name}` needs a context at least as long as the state: got {S} context"
-                f" tokens for {T}; derive it with `causal=False` for cross attention"
-            )
-        if visible is None and not dense and not (self.causal and S != T):
-            return None, self.causal
-        if visible is not None and energy.expression is None and not energy.masks_itself:
-            raise ValueError(
-                f"layer `{energy.name}` cannot be masked: {energy.reason}; give the callable an argument"
-                " `visible` (bool, (seq,)) and mask with it"
-            )
-        lead = h.shape[:-2]
-        return visible_mask(
-            visible, lead, T, S, causal=self.causal, device=h.device, name=energy.name
-        ), False
+        return function(g, frozen, *seen, *values).reshape(shape[:-1])
 
     @property
     def sizes(self) -> dict[str, int]:

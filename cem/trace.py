@@ -61,21 +61,29 @@ class LayerTrace:
         """
         layer, call = self._call["layer"], self._call
         batch = range(len(call["frozen"]))[batch]
-        g, x = call["frozen"][batch : batch + 1], call["x"]
+        g, seen = call["frozen"][batch : batch + 1], call["seen"]
         token = range(g.shape[1])[token]
-        visible = None
-        if x is not None:
-            x = x[batch : batch + 1]
-            visible = call["mask"]
+        if seen.x is not None:
+            T, S = g.shape[1], seen.x.shape[1]
+            visible = seen.visible
             if visible is None:
-                visible = torch.ones(g.shape[1], x.shape[1], dtype=torch.bool, device=g.device)
-                visible = (visible.tril() if call["causal"] else visible)[None, None]
-            visible = visible[batch if visible.shape[0] > 1 else 0, :, token][None, :, None]
-            visible = visible.expand(1, 1, len(points), x.shape[1])
+                visible = torch.ones(T, S, dtype=torch.bool, device=g.device)
+                visible = (visible.tril() if seen.causal else visible)[None, None]
+            visible = _of_sequence(visible, batch)[:, :, token, None].expand(1, 1, len(points), S)
+            seen = seen._replace(x=seen.x[batch : batch + 1], visible=visible, causal=False)
+        if seen.position is not None:
+            own = _of_sequence(seen.position, batch)[:, token, None].expand(1, len(points))
+            others = _of_sequence(seen.context_position, batch)
+            seen = seen._replace(position=own, context_position=others)
         frozen = g[:, token : token + 1].expand(1, *points.shape)
         with torch.no_grad():
-            inputs = (points[None].to(g), frozen, x, visible, False, *layer.values())
+            inputs = (points[None].to(g), frozen, *seen, *layer.values())
             return layer.lowering.fast_energy(*inputs)[0]
+
+
+def _of_sequence(tensor: Tensor, batch: int) -> Tensor:
+    """The row of one sequence, with its batch axis; one row serves all."""
+    return tensor[batch : batch + 1] if tensor.shape[0] > 1 else tensor
 
 
 @dataclass(frozen=True)
@@ -150,19 +158,17 @@ def _array(energies: Tensor | None):
 def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: bool, states: bool):
     """A stand-in for the layer's ``forward`` that also writes down its energies."""
 
-    def forward(
-        h: Tensor, *, context: Tensor | None = None, visible: Tensor | None = None
-    ) -> Tensor:
+    def forward(h: Tensor, **inputs: Tensor | None) -> Tensor:
         shape, lowering, values = h.shape, layer.lowering, layer.values()
         pair = lowering.gradient_and_energy
         dense = pair.needs_mask or lowering.fast_energy.needs_mask
-        h, g, x, mask, causal = layer.inputs(h, context, visible, dense)
+        h, g, around = layer.reader(layer.norm, h, **inputs, dense=dense)
         frozen, state = g, layer.update.init(h)
-        call = {"layer": layer, "frozen": frozen, "x": x, "mask": mask, "causal": causal}
+        call = {"layer": layer, "frozen": frozen, "seen": around}
         before, later, seen = [], [], [g]
         for step in range(layer.steps):
-            inputs = (frozen, x, mask, causal, *values)
-            gradient, energy = pair(g, *inputs)
+            rest = (frozen, *around, *values)
+            gradient, energy = pair(g, *rest)
             before.append(energy)
             # Between steps at fixed gates the energy after one is the energy before the next.
             if after and step and layer.refresh == "layer":
@@ -171,7 +177,7 @@ def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: boo
             g = layer.norm(h)
             seen.append(g)
             if after and (layer.refresh == "step" or step + 1 == layer.steps):
-                later.append(lowering.fast_energy(g, *inputs))
+                later.append(lowering.fast_energy(g, *rest))
             if layer.refresh == "step":
                 frozen = g
         records.append(

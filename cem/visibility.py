@@ -20,6 +20,7 @@ def visible_mask(
     causal: bool,
     device: torch.device | str,
     name: str,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """The visible set as a bool tensor (B or 1, 1, T, S).
 
@@ -28,6 +29,8 @@ def visible_mask(
         lead: the leading sizes of the state, whose product is B.
         causal: also s <= t + S - T: the T tokens are the last of the S context tokens.
         name: the energy, for messages.
+        document_ids: (*lead, S), a number a document: tokens of packed documents do not see each other.
+            The T tokens are the last of the S.
 
     Raises:
         ValueError: a mask of another shape.
@@ -41,7 +44,21 @@ def visible_mask(
     if visible is not None:
         own = _as_pairs(visible, tuple(lead), T, S, name)
         mask = mask & own if causal else own
+    if document_ids is not None:
+        mask = mask & _same_document(document_ids, tuple(lead), T, S, name)
     return mask.unsqueeze(1)
+
+
+def _same_document(ids: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
+    """Whether token and context token are of one document, (B or 1, T, S)."""
+    fits = all(size in (1, full) for size, full in zip(ids.shape, lead, strict=False))
+    if ids.shape[-1:] != (S,) or ids.dim() not in (1, len(lead) + 1) or not fits or S < T:
+        raise ValueError(
+            f"layer `{name}`: `document_ids` must have shape {(S,)} or {(*lead, S)}: got {tuple(ids.shape)}"
+        )
+    shared = all(size == 1 for size in ids.shape[:-1])
+    ids = ids.reshape(1, S) if shared else ids.expand(*lead, S).reshape(-1, S)
+    return ids[:, S - T :, None] == ids[:, None, :]
 
 
 def _as_pairs(visible: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:

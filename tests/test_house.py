@@ -24,7 +24,7 @@ FLOORS = (
     ("calculus",),
     ("derivation",),
     ("energy",),
-    ("lowering", "sizes", "initialisation", "update", "preconditioner"),
+    ("lowering", "sizes", "initialisation", "inputs", "update", "preconditioner"),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

@@ -19,6 +19,8 @@ EXACT = {
     "exp": mp.exp,
     "Abs": abs,
     "sign": mp.sign,
+    "floor": mp.floor,
+    "only": lambda z: mp.mpf(0) if z > 0 else -mp.inf,
     "log": mp.log,
     "sin": mp.sin,
     "cos": mp.cos,
@@ -43,7 +45,7 @@ EXACT = {
 
 
 def points(word):
-    return POINTS[POINTS > 0] if word.name == "log" else POINTS
+    return POINTS[POINTS > 0] if word.name in ("log", "only") else POINTS
 
 
 @every
@@ -123,7 +125,7 @@ def test_signs_and_shapes(word):
 def test_second_derivatives_by_finite_differences(word):
     z = torch.tensor([-2.1, -0.7, 0.4, 1.9], dtype=torch.float64).abs().requires_grad_()
     assert torch.autograd.gradcheck(word.torch, z)
-    if word.name not in ("sign", "step"):
+    if word.name not in ("sign", "step", "floor", "only"):
         assert torch.autograd.gradgradcheck(word.torch, z)
 
 
@@ -140,6 +142,37 @@ def test_a_word_computes_on_tensors():
     assert_close(cem.silu(z), torch.nn.functional.silu(z), 1e-7)
     assert_close(cem.log_cosh(z), torch.log(torch.cosh(z)), 1e-5)
     assert cem.silu(sympy.Symbol("z")).func is cem.silu
+
+
+def test_only_hides_where_its_argument_is_not_positive():
+    assert cem.only(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [-math.inf, -math.inf, 0.0]
+    assert cem.only(torch.tensor([True, False])).tolist() == [0.0, -math.inf]
+
+
+def test_conditions():
+    """The indicator of every condition, against Python's own comparison."""
+    t, s = sympy.symbols("t s", real=True)
+    cases = {
+        t < s: lambda t, s: t < s,
+        t <= s: lambda t, s: t <= s,
+        t > s: lambda t, s: t > s,
+        t >= s: lambda t, s: t >= s,
+        sympy.Eq(t, s): lambda t, s: t == s,
+        sympy.Ne(t, s): lambda t, s: t != s,
+        (t < s) & (s < 3): lambda t, s: t < s < 3,
+        (t < s) | (s < 1): lambda t, s: t < s or s < 1,
+        ~((t < s) & (s < 3)): lambda t, s: not t < s < 3,
+    }
+    grid = [(a, b) for a in range(-1, 4) for b in range(-1, 4)]
+    values = {t: torch.tensor([a for a, _ in grid]), s: torch.tensor([b for _, b in grid])}
+    values = {symbol: value.double() for symbol, value in values.items()}
+    for condition, holds in cases.items():
+        found = evaluate(cem.indicator(condition), values)
+        assert found.tolist() == [float(holds(a, b)) for a, b in grid], condition
+    with pytest.raises(
+        TypeError, match="a condition compares numbers: got 3 of type int; type for"
+    ):
+        cem.indicator(3)
 
 
 def test_what_is_no_word():

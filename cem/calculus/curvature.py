@@ -19,6 +19,7 @@ import sympy
 from sympy import Add, Expr, Indexed, Mul, Number, NumberSymbol, Pow, Rational, Sum, Symbol
 
 from ..language import words
+from ..language.positions import Rope
 from ..language.symbols import LogSumExp, Ravel, Softmax, is_word
 from ..language.words import word_of
 from .gradient import depends_on_state
@@ -163,6 +164,9 @@ class _Proof:
             case Ravel():
                 body = self.facts(node.args[0])
                 return body, f"entries of {body.result}"
+            case Rope():
+                body = self.facts(node.body)
+                return _Facts(body.affine, body.affine), f"rotation of {body.result}"
             case LogSumExp():
                 # At least max(body), and 0 over an empty visible set: a sign of +1 is kept.
                 body = self.facts(node.body)

@@ -8,7 +8,7 @@ from sympy import Expr, Idx, Indexed, preorder_traversal
 
 from ..language.definitions import Definition
 from ..language.document import Math, Part
-from ..language.notation import terms
+from ..language.order import terms
 from ..language.symbols import SEQ, Context, NamedArray, Parameter, State, is_word, size_of
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, S, Sum, log
 
 from ..language.canonical import LETTERS, canonical, free_indices, rename
+from ..language.positions import Rope
 from ..language.symbols import (
     LogSumExp,
     Ravel,
@@ -135,6 +136,8 @@ def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozense
         case Ravel():
             body, slot, idx = node.args
             yield body, rename(adjoint, {idx: slot}), (scope - {idx}).union(split(slot))
+        case Rope():
+            yield node.body, node.of(adjoint, inverse=True), scope
         case _ if is_word(node):
             yield node.args[0], adjoint * word_of(node.func).derivative(node.args[0]), scope
         case _:

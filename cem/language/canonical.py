@@ -11,8 +11,9 @@ from functools import cache, lru_cache
 
 from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, Sum, Symbol, exp, log
 
+from .positions import Lookup, Rope
 from .symbols import SEQ, LogSumExp, NamedArray, Ravel, Softmax, size_of, spelling, split, total
-from .words import Activation, relu, step
+from .words import Activation, only, relu, step
 
 Indices = frozenset[Idx]
 
@@ -52,6 +53,9 @@ def free_indices(expression: Expr) -> Indices:
         case Ravel():
             body, slot, idx = expression.args
             return (free_indices(body) - frozenset(split(slot))) | {idx}
+        case Lookup():
+            body, idx, number = expression.args
+            return (free_indices(body) - {idx}) | free_indices(number)
         case Indexed():
             return frozenset().union(*map(free_indices, expression.indices))
         case NamedArray() | Symbol():
@@ -124,6 +128,13 @@ class _Renamer:
                 return self.ravel(
                     self.visit(body, inner), slot.xreplace(inner), names.get(idx, idx)
                 )
+            case Lookup():
+                body, idx, number = expression.args
+                idx, inner = self.bind(idx, names)
+                return Lookup(self.visit(body, inner), idx, self.visit(number, names))
+            case Rope():
+                args = (self.visit(arg, names) for arg in expression.args[1:])
+                return self.rope(self.visit(expression.body, names), *args)
         if expression.is_Float:
             return self.number(expression)
         if not expression.args or not has_parts(expression):
@@ -136,6 +147,9 @@ class _Renamer:
     def ravel(self, body: Expr, slot: Expr, idx: Expr) -> Expr:
         return Ravel(body, slot, idx)
 
+    def rope(self, body: Expr, *options: Expr) -> Expr:
+        return Rope(body, *options)
+
     def number(self, expression: Expr) -> Expr:
         return expression
 
@@ -147,7 +161,7 @@ class _Renamer:
 def has_parts(expression: Basic) -> bool:
     """Whether a walk has anything to change below this node."""
     if (
-        isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Activation)
+        isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Rope | Lookup | Activation)
         or expression.is_Float
     ):
         return True
@@ -168,6 +182,13 @@ class _Normaliser(_Renamer):
         for factor in Mul.make_args(body):
             (inside if bound & free_indices(factor) else outside).append(factor)
         return Mul(*outside, Ravel(Mul(*inside), slot, idx))
+
+    def rope(self, body: Expr, *options: Expr) -> Expr:
+        # A rotation is linear.
+        inside, outside = [], []
+        for factor in Mul.make_args(body):
+            (inside if options[0] in free_indices(factor) else outside).append(factor)
+        return Mul(*outside, Rope(Mul(*inside), *options))
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
         # The context first, so that what does not depend on it stays outside its averages; then the index that
@@ -212,7 +233,7 @@ class _Normaliser(_Renamer):
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
         if isinstance(expression, Mul):
-            return _without_steps(Mul(*args))
+            return _without_steps(_with_conditions_apart(Mul(*args)))
         if isinstance(expression, log) and isinstance(args[0], Sum):
             reduced: Expr = args[0].function
             if isinstance(reduced, exp):
@@ -227,6 +248,18 @@ def exact(number: float) -> Expr:
     """A number as a fraction where its denominator is a small power of two: 0.5 is 1/2 in both pens."""
     numerator, denominator = number.as_integer_ratio()
     return Rational(numerator, denominator) if denominator <= 2**20 else Float(number)
+
+
+def _with_conditions_apart(product: Expr) -> Expr:
+    """A positive multiple of a score with ``only`` terms as the multiple of the score and the terms."""
+    factors = Mul.make_args(product)
+    for place, factor in enumerate(factors):
+        others = Mul(*factors[:place], *factors[place + 1 :])
+        if isinstance(factor, only) and others.is_positive:
+            return factor
+        if factor.is_Add and any(isinstance(term, only) for term in factor.args):
+            return Add(*(_with_conditions_apart(Mul(others, term)) for term in factor.args))
+    return product
 
 
 def _without_steps(product: Expr) -> Expr:
@@ -293,6 +326,8 @@ def bound_indices(node: Basic) -> tuple[Idx, ...]:
             return (node.index,)
         case Ravel():
             return split(node.args[1])
+        case Lookup():
+            return (node.args[1],)
     return ()
 
 

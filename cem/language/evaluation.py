@@ -11,8 +11,9 @@ import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import Tensor
 
+from .positions import Lookup, Rope, turned
 from .symbols import SEQ, LogSumExp, Ravel, Softmax, is_word, size_of, split
-from .words import word_of
+from .words import only, word_of
 
 Axes = tuple[Idx, ...]
 
@@ -90,16 +91,40 @@ class Evaluator:
                 tensor, axes = self._with(self.value(expression.body), expression.index)
                 if self.size(expression.index) == 0:
                     return self._reduce(torch.sum, (tensor, axes), expression.index)
-                return self._reduce(torch.logsumexp, (tensor, axes), expression.index)
+                target = _seen_logsumexp if expression.body.has(only) else torch.logsumexp
+                return self._reduce(target, (tensor, axes), expression.index)
             case Softmax():
                 tensor, axes = self._with(self.value(expression.body), expression.index)
-                return torch.softmax(tensor, axes.index(expression.index)), axes
+                target = _seen_softmax if expression.body.has(only) else torch.softmax
+                return target(tensor, axes.index(expression.index)), axes
             case Ravel():
                 body, slot, idx = expression.args
                 tensor, axes = self.value(body)
                 keep = tuple(axis for axis in axes if axis not in split(slot))
                 tensor = self._spread((tensor, axes), (*keep, *split(slot)))
                 return tensor.flatten(len(keep)), (*keep, idx)
+            case Rope():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                where, others = self.value(expression.position)
+                rows = tuple(dict.fromkeys((*(a for a in axes if a != expression.index), *others)))
+                tensor = self._spread((tensor, axes), (*rows, expression.index))
+                angle = self._spread((where, others), rows).unsqueeze(-1)
+                turns = expression.frequencies(tensor.shape[-1])
+                tensor = turned(tensor, angle, turns, expression.interleaved)
+                return tensor, (*rows, expression.index)
+            case Lookup():
+                body, idx, number = expression.args
+                tensor, axes = self.value(body)
+                rest = tuple(axis for axis in axes if axis != idx)
+                tensor = self._spread((tensor, axes), (*rest, idx))
+                where, others = self.value(number)
+                place = where.floor().long().clamp(0, tensor.shape[-1] - 1)
+                own = tuple(axis for axis in others if axis in rest)
+                if own:
+                    raise ValueError(
+                        f"`lookup` reads a number that shares an index with the array: got {expression}"
+                    )
+                return tensor[..., place], (*rest, *others)
         if is_word(expression):
             tensor, axes = self.value(expression.args[0])
             return word_of(expression.func).torch(tensor), axes
@@ -131,3 +156,16 @@ class Evaluator:
         tensor, axes = self._with(value, idx)
         position = axes.index(idx)
         return target(tensor, position), axes[:position] + axes[position + 1 :]
+
+
+def _seen_logsumexp(scores: Tensor, dim: int) -> Tensor:
+    """log sum exp over the finite entries; 0 where there are none."""
+    some = (scores > -torch.inf).any(dim, keepdim=True)
+    value = torch.logsumexp(torch.where(some, scores, 0.0), dim)
+    return torch.where(some.squeeze(dim), value, 0.0)
+
+
+def _seen_softmax(scores: Tensor, dim: int) -> Tensor:
+    """Softmax over the finite entries; 0 where there are none."""
+    some = (scores > -torch.inf).any(dim, keepdim=True)
+    return torch.where(some, torch.softmax(torch.where(some, scores, 0.0), dim), 0.0)

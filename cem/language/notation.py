@@ -13,6 +13,8 @@ import sympy
 from sympy import Add, Expr, Float, Idx, Indexed, Integer, Mul, Pow, Rational, Sum, Symbol
 
 from . import symbols
+from .order import is_negative, negated, parts, place, terms
+from .positions import ContextPosition, Lookup, Rope, TokenPosition
 from .symbols import SEQ, LogSumExp, Ravel, Softmax, size_of, split
 from .words import log_cosh, word_of
 
@@ -69,68 +71,6 @@ def _primes(expression: Expr) -> dict[Idx, int]:
     return primes
 
 
-def terms(expression: Expr) -> list[Expr]:
-    """The terms of a sum in the order in which they are shown: short ones first, a minus last."""
-
-    def key(term: Expr):
-        reductions = len(term.atoms(Sum, LogSumExp, Ravel))
-        whole = (_is_negative(term), term.has(Ravel), reductions, not term.is_number)
-        return (*whole, term.count_ops(), str(term))
-
-    return sorted(Add.make_args(expression), key=key)
-
-
-def _is_negative(term: Expr) -> bool:
-    return _parts(term)[0] < 0
-
-
-def _negated(term: Expr) -> Expr:
-    return Ravel(-term.args[0], *term.args[1:]) if isinstance(term, Ravel) else -term
-
-
-def _place(factor: Expr) -> tuple[int, str]:
-    """Where a factor stands in a product: scalars, parameters, words, state, context, sums."""
-    base = factor.base if isinstance(factor, Pow) else factor
-    match base:
-        case Symbol():
-            place = 0 if isinstance(base, symbols.Scalar) else 1
-        case Indexed():
-            kinds = {symbols.Parameter: 2, symbols.Frozen: 5, symbols.State: 6, symbols.Context: 7}
-            place = kinds.get(type(base.base), 6)
-        case Add():
-            place = 4
-        case Sum():
-            of_context = any(
-                isinstance(entry.base, symbols.Context) for entry in base.atoms(Indexed)
-            )
-            place = 10 if of_context else 9
-        case LogSumExp():
-            place = 8
-        case _:
-            place = 1 if base.is_number else 3
-    return place, str(factor)
-
-
-def _parts(product: Expr) -> tuple[int, Expr, list[Expr], list[Expr]]:
-    """The sign, the positive number, the factors above and those below the line of a product."""
-    number, sign = Integer(1), 1
-    above: list[Expr] = []
-    below: list[Expr] = []
-    for factor in Mul.make_args(product):
-        if factor.is_Rational or factor.is_Float:
-            number = number * factor
-        elif isinstance(factor, Ravel) and _is_negative(factor.args[0]):
-            number = -number
-            above.append(_negated(factor))
-        elif isinstance(factor, Pow) and _is_negative(factor.exp):
-            below.append(Pow(factor.base, -factor.exp))
-        else:
-            above.append(factor)
-    if number.is_negative:
-        sign, number = -1, -number
-    return sign, number, sorted(above, key=_place), sorted(below, key=_place)
-
-
 class _Notation:
     """The order of things, common to LaTeX and text; the subclasses know the marks."""
 
@@ -144,22 +84,22 @@ class _Notation:
     def show(self, node: Expr) -> str:
         if isinstance(node, Add):
             return self.add(node)
-        if isinstance(node, Mul | Ravel) and _parts(node)[2] != [node] or node.is_Rational:
+        if isinstance(node, Mul | Ravel) and parts(node)[2] != [node] or node.is_Rational:
             return self.product(node)
         if isinstance(node, Pow):
-            return self.product(node) if _is_negative(node.exp) else self.power(node)
+            return self.product(node) if is_negative(node.exp) else self.power(node)
         return self.atom(node)
 
     def add(self, node: Expr) -> str:
         shown = ""
         for term in terms(node):
-            minus = _is_negative(term)
-            part = self.show(_negated(term) if minus else term)
+            minus = is_negative(term)
+            part = self.show(negated(term) if minus else term)
             shown += f" {'-' if minus else '+'} {part}" if shown else f"{'-' * minus}{part}"
         return shown
 
     def product(self, node: Expr) -> str:
-        sign, number, above, below = _parts(node)
+        sign, number, above, below = parts(node)
         minus = "-" if sign < 0 else ""
         if number.is_Rational:
             top, bottom = Integer(number.p), Integer(number.q)
@@ -168,9 +108,9 @@ class _Notation:
         if bottom == 1 and not below:
             coefficient = [] if top == 1 and above else [self.atom(top)]
             return minus + " ".join([*coefficient, *self.factors(above)])
-        plain = [f for f in above if _place(f)[0] < 2]
-        rest = [f for f in above if _place(f)[0] >= 2]
-        if any(_place(f)[0] >= 2 for f in below):
+        plain = [f for f in above if place(f)[0] < 2]
+        rest = [f for f in above if place(f)[0] >= 2]
+        if any(place(f)[0] >= 2 for f in below):
             plain, rest = above, []
         fraction = self.fraction(self.side(top, plain), self.side(bottom, below))
         if rest and not self.tall:
@@ -217,9 +157,17 @@ class _Notation:
             case Idx():
                 return self.index(node)
             case Indexed():
-                return self.entry(str(node.base.label), node.indices)
+                name = "t" if isinstance(node.base, ContextPosition) else str(node.base.label)
+                return self.entry(name, node.indices)
             case symbols.NamedArray():
                 return self.entry(str(node.label), ())
+            case TokenPosition():
+                return self.entry("t", ())
+            case Rope():
+                return self.rotated(self.show(node.position), self.show(node.body))
+            case Lookup():
+                body, idx, number = node.args
+                return self.looked_up(self.show(body), idx, self.show(number))
             case symbols.Dim() if node == SEQ:
                 return "|V|"
             case Symbol():
@@ -325,6 +273,12 @@ class _Latex(_Notation):
     def read_at(self, shown: str, idx: Idx, slot: Expr) -> str:
         return rf"\left[{shown}\right]_{{{self.slot(slot)} = {self.index(idx)}}}"
 
+    def looked_up(self, shown: str, idx: Idx, number: str) -> str:
+        return rf"\left[{shown}\right]_{{{self.index(idx)} = {number}}}"
+
+    def rotated(self, position: str, shown: str) -> str:
+        return rf"\operatorname{{rope}}_{{{position}}}\left({shown}\right)"
+
     def constant(self, node: Expr) -> str:
         return {"pi": r"\pi", "E": "e"}.get(str(node), str(node))
 
@@ -383,6 +337,12 @@ class _Text(_Notation):
 
     def read_at(self, shown: str, idx: Idx, slot: Expr) -> str:
         return f"[{shown}]_{{{self.slot(slot)}={self.index(idx)}}}"
+
+    def looked_up(self, shown: str, idx: Idx, number: str) -> str:
+        return f"[{shown}]_{{{self.index(idx)}={number}}}"
+
+    def rotated(self, position: str, shown: str) -> str:
+        return f"rope_{{{position}}}({shown})" if len(position) > 1 else f"rope_{position}({shown})"
 
     def constant(self, node: Expr) -> str:
         return {"pi": "π", "E": "e"}.get(str(node), str(node))

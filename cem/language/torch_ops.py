@@ -16,6 +16,7 @@ from . import torch_products as products
 from . import torch_reductions as reductions
 from . import torch_shapes as shapes
 from . import words
+from .positions import rope
 from .torch_tensor import Untranslatable, elementwise, lift
 
 ALIASES = {
@@ -86,6 +87,18 @@ TABLE: dict[str, Callable] = {
     "minimum": partial(pointwise.maximum, sign=-1),
     "gt": pointwise.greater,
     "lt": pointwise.less,
+    "ge": lambda input, other: pointwise.no(pointwise.less(input, other)),
+    "le": lambda input, other: pointwise.no(pointwise.greater(input, other)),
+    "and": pointwise.mul,
+    "logical_and": pointwise.mul,
+    "or": lambda input, other: pointwise.no(
+        pointwise.mul(pointwise.no(input), pointwise.no(other))
+    ),
+    "logical_or": lambda input, other: pointwise.no(
+        pointwise.mul(pointwise.no(input), pointwise.no(other))
+    ),
+    "invert": pointwise.no,
+    "logical_not": pointwise.no,
     "eq": partial(pointwise.compare, same=True),
     "ne": partial(pointwise.compare, same=False),
     "sum": reductions.sum,
@@ -184,6 +197,8 @@ def call(target: str | Callable, arguments: tuple, options: dict):
     """Apply an operation of torch, a method by its name or a function, to symbolic tensors."""
     if isinstance(target, type) and issubclass(target, words.Activation):
         return elementwise(target, *arguments)
+    if target is rope:
+        return pointwise.turned(*arguments, **options)
     if arguments and callable(target) and all(isinstance(one, int | float) for one in arguments):
         return target(*arguments, **options)
     spelled = target if isinstance(target, str) else target.__name__

@@ -9,6 +9,7 @@ import sympy
 from sympy import Abs, Expr, Integer, exp, log, sqrt
 
 from . import words
+from .positions import rope
 from .torch_tensor import Untranslatable, Value, elementwise, is_size, lift
 
 ELEMENTWISE: dict[str, Callable[[Expr], Expr]] = {
@@ -156,6 +157,23 @@ def greater(input, other) -> Value:
 
 def less(input, other) -> Value:
     return greater(other, input)
+
+
+def no(input) -> Value:
+    """The indicator of the opposite."""
+    return elementwise(lambda z: 1 - z, input)
+
+
+def turned(input, position, **options) -> Value:
+    """A rotation of the last axis by positions, one a row."""
+    where = lift(position)
+    if not input.axes or len(input.axes[-1]) != 1:
+        raise Untranslatable(
+            "`rope` turns the last axis of a tensor, one named size: flatten it later"
+        )
+    where = Value(where.expression, (*where.axes, ()))
+    (idx,) = input.axes[-1]
+    return elementwise(lambda body, token: rope(body, idx, token, **options), input, where)
 
 
 def compare(input, other, *, same: bool):

@@ -14,6 +14,7 @@ from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp
 
 from .canonical import free_indices, rename
 from .conversion import as_expression
+from .positions import Rope
 from .symbols import SEQ, Dim, LogSumExp, NamedArray, Softmax, join, size_of, total
 
 Axis = tuple[Idx, ...]
@@ -105,6 +106,8 @@ def relabel(expression: Expr, names: dict[Idx, Expr]) -> Expr:
     slots = {old for old, new in names.items() if not isinstance(new, Idx)}
     slots &= free_indices(expression)
     if slots:
+        if any(node.index in slots for node in expression.atoms(Rope)):
+            raise Untranslatable("the axis that `rope` turns cannot be cut: reshape before it")
         # The index of a softmax cannot be a slot, so its quotient is written out.
         while weights := [node for node in expression.atoms(Softmax) if node.index in slots]:
             expression = expression.xreplace(

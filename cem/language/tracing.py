@@ -20,17 +20,22 @@ from torch import fx
 
 from . import torch_ops
 from .canonical import canonical
+from .positions import CONTEXT_POSITION, TOKEN_POSITION
 from .symbols import SEQ, Context, Dim, Parameter, Scalar, State, context, frozen, parameter, state
 from .torch_tensor import Untranslatable, Value, leaf, lift, show
 
 __all__ = ["Signature", "Translation", "Untranslatable", "signature", "translate"]
 
 
+ROLES = ("frozen", "visible", "position", "context_position")
+"""Arguments that a callable may ask for by their names."""
+
+
 @dataclass(frozen=True)
 class Signature:
     """What the arguments of a torch callable are; parameters and scalars in order of the signature.
 
-    ``frozen`` and ``visible`` say whether the callable takes arguments of these names.
+    The last four say whether the callable takes arguments of these names.
     """
 
     name: str
@@ -40,15 +45,14 @@ class Signature:
     scalars: tuple[Scalar, ...]
     frozen: bool = False
     visible: bool = False
+    position: bool = False
+    context_position: bool = False
 
-    def arguments(self, h, x=None, /, *, frozen=None, visible=None, **named) -> tuple[tuple, dict]:
-        """The positional and the keyword arguments of a call; parameters and scalars by name."""
+    def arguments(self, h, x=None, /, **named) -> tuple[tuple, dict]:
+        """The positional and the keyword arguments of a call, without the roles it does not take."""
         positional = (h,) if self.context is None else (h, x)
-        if self.frozen:
-            named["frozen"] = frozen
-        if self.visible:
-            named["visible"] = visible
-        return positional, named
+        taken = {role: named.pop(role, None) for role in ROLES}
+        return positional, named | {role: taken[role] for role in ROLES if getattr(self, role)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def signature(function: Callable, shapes: dict[str, str]) -> Signature:
     the context. Keyword-only arguments with a shape are parameters, without one scalars. A shape is
     a string of names separated by blanks; a group in parentheses is one axis whose size is their
     product, in row-major order. An argument named ``frozen`` receives the frozen state, one named
-    ``visible`` the mask (bool, (seq,)) of a callable that masks by itself.
+    ``visible`` the mask (bool, (seq,)) of a callable that masks by itself, ``position`` the position of
+    the token, (), and ``context_position`` those of the context tokens, (seq,).
 
     Raises:
         ValueError: a declaration that does not follow these rules.
@@ -87,7 +92,7 @@ def signature(function: Callable, shapes: dict[str, str]) -> Signature:
             f" {', '.join(f'`{one}`' for one in arguments)}; type the shape of one of these"
         )
     sizes = {argument: _shape(name, argument, text) for argument, text in shapes.items()}
-    roles = {"frozen": arguments.pop("frozen", None), "visible": arguments.pop("visible", None)}
+    roles = {role: arguments.pop(role, None) for role in ROLES}
     order = list(arguments.values())
     if not order or order[0].kind not in _POSITIONAL:
         raise ValueError(
@@ -205,6 +210,8 @@ def translate(function: Callable, shapes: dict[str, str]) -> Translation:
         declared.context and leaf(declared.context),
         frozen=leaf(frozen(declared.state)),
         visible=_VISIBLE,
+        position=Value(TOKEN_POSITION),
+        context_position=leaf(CONTEXT_POSITION),
         **named,
     )
     tracer = _Tracer(function, positional, keywords)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from sympy import Expr, Function, Idx, Indexed, S, Sum, Symbol
 
 from .canonical import free_indices
+from .positions import Lookup, Rope
 from .symbols import Context, NamedArray, State
-from .words import word_of
+from .words import only, word_of
 
 UNREAL = tuple(
     type(number)
@@ -51,6 +52,8 @@ def _check_nodes(expression: Expr, name: str) -> None:
                         ' `dim.index("i")` or `x.index("s")`'
                     )
             continue
+        if isinstance(node, Lookup | Rope) or (isinstance(node, Function) and node.func is only):
+            _check_fixed(node, name)
         stack += [arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx)]
         if isinstance(node, NamedArray):
             raise ValueError(
@@ -71,6 +74,17 @@ def _check_nodes(expression: Expr, name: str) -> None:
                 word_of(type(node))
             except ValueError as error:
                 raise ValueError(f"energy `{name}`: {error}") from None
+
+
+def _check_fixed(node: Expr, name: str) -> None:
+    """Refuse a number to look up, a rotation or a condition that moves with the state."""
+    what = {Lookup: "lookup", Rope: "rope"}.get(type(node), "only")
+    parts = node.args if what != "rope" else (node.position,)
+    if any(isinstance(leaf.base, State) for part in parts for leaf in part.atoms(Indexed)):
+        raise ValueError(
+            f"energy `{name}`: `{what}` takes what does not move with the state: got {node}; use positions,"
+            " the context or `cem.frozen(h)`"
+        )
 
 
 def _check_free(expression: Expr, name: str) -> None:

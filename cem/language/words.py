@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from sympy import Expr, Function, Integer, Rational
+from sympy import Expr, Function, Integer, Mul, Rational
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,6 +63,61 @@ class sigmoid(Activation):
 
 class step(Activation):
     """1 where z > 0, else 0: the derivative of relu (0 at the kink, as in torch)."""
+
+
+class floor(Activation):
+    """The largest whole number that is not above z; its derivative is 0."""
+
+
+class only(Activation):
+    """0 where z > 0, else minus infinity: added to a score it hides the tokens where z <= 0.
+
+    A condition of SymPy is read as its :func:`indicator`.
+
+    >>> import cem
+    >>> dim = cem.dims("dim")
+    >>> t, s = cem.position(cem.state(dim)), cem.position(cem.context(dim).index("s"))
+    >>> cem.only(t - s < 4)
+    only(step(-position + context_position[s] + 4))
+    """
+
+    def __new__(cls, z, **options):
+        return super().__new__(cls, indicator(z) if isinstance(z, Boolean | bool) else z, **options)
+
+
+def indicator(condition) -> Expr:
+    """1 where a condition of SymPy holds and 0 elsewhere, as an expression.
+
+    ``<``, ``<=``, ``>``, ``>=``, ``Eq``, ``Ne``, ``&``, ``|`` and ``~`` are understood; they compare numbers that do
+    not move with the state, such as positions.
+
+    Raises:
+        TypeError: what is not a condition.
+
+    >>> import cem
+    >>> h = cem.state(cem.dims("dim"))
+    >>> cem.indicator(cem.position(h) >= 4)
+    1 - step(4 - position)
+    """
+    if isinstance(condition, bool | BooleanAtom):
+        return Integer(bool(condition))
+    match condition:
+        case sympy.And():
+            return Mul(*map(indicator, condition.args))
+        case sympy.Or():
+            return 1 - Mul(*(1 - indicator(one) for one in condition.args))
+        case sympy.Not():
+            return 1 - indicator(condition.args[0])
+        case Relational():
+            gap = condition.lhs - condition.rhs
+            above, below = step(gap), step(-gap)
+            table = {"<": below, ">": above, "<=": 1 - above, ">=": 1 - below}
+            table |= {"==": (1 - above) * (1 - below), "!=": above + below}
+            return table[condition.rel_op]
+    raise TypeError(
+        f"a condition compares numbers: got {condition!r} of type {type(condition).__name__}; type for"
+        " instance `cem.position(h) - cem.position(s) < 128`"
+    )
 
 
 class normal_cdf(Activation):
@@ -138,6 +195,11 @@ def _gelu_tanh(z: Tensor) -> Tensor:
 
 def _step(z: Tensor) -> Tensor:
     return (z > 0).to(z.dtype)
+
+
+def _only(z: Tensor) -> Tensor:
+    dtype = torch.get_default_dtype() if z.dtype == torch.bool else z.dtype
+    return torch.zeros_like(z, dtype=dtype).masked_fill(~(z > 0), -math.inf)
 
 
 def _relu_antiderivative(z: Tensor) -> Tensor:
@@ -235,6 +297,8 @@ WORDS: tuple[Word, ...] = (
         +1,
         relu,
     ),
+    Word(floor, lambda z: Integer(0), torch.floor, r"\left\lfloor{}\right\rfloor", None, +1),
+    Word(only, lambda z: Integer(0), _only, r"\operatorname{only}"),
     Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1),
     Word(
         normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
-from sympy import Expr, Symbol
+from sympy import Expr, Idx, Symbol
 from torch import Tensor, fx
 
 from ..calculus.gradient import output_index
 from ..energy import Energy
 from ..language.conversion import as_expression
 from ..language.symbols import Scalar
-from .emit import INPUTS, Emitter, Program
+from .emit import Emitter
 from .listing import compiled, listing
+from .program import INPUTS, Program, program
 from .reference import (
     TokenEnergy,
     branches_on_data,
@@ -41,8 +42,8 @@ class _Plan:
     scalars: Mapping[Scalar, float]
     names: tuple[str, ...]
 
-    def emitter(self, **options) -> Emitter:
-        return Emitter(self.sizes, self.scalars, **options)
+    def program(self, expressions: Sequence[Expr], over: Idx | None = None, **options) -> Program:
+        return program(Emitter(self.sizes, self.scalars, **options), expressions, over)
 
     @property
     def arguments(self) -> list[str]:
@@ -57,14 +58,14 @@ class _Plan:
             return from_callable(
                 self.energy.function, self.names, fixed, self.energy.context is not None
             )
-        program = self.emitter(batched=False).program([self.energy.expression])
+        program = self.program([self.energy.expression], batched=False)
         scale = program.scale
-        arguments = ["h", "frozen", "x", "visible", *self.names]
+        arguments = [name for name in self.arguments if name != "causal"]
         function = compiled(listing(program.graph, "energy", arguments), "energy")
         return function if scale == 1 else lambda *inputs: scale * function(*inputs)
 
     def sample(self) -> tuple[Tensor | None, ...]:
-        """Small inputs of the right shapes: (h, frozen, x, visible, causal, *parameters)."""
+        """Small inputs of the right shapes, in the order of ``arguments``."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: Expr | int) -> Tensor:
@@ -76,12 +77,13 @@ class _Plan:
         x = None if energy.context is None else draw(1, 2, energy.context.shape[1])
         shapes = {str(parameter.name): tuple(parameter.shape) for parameter in energy.parameters}
         values = (draw(*shapes[name]) if name in shapes else torch.ones(()) for name in self.names)
-        return h, h, x, None, energy.masks_itself, *values
+        places = torch.arange(2.0)[None]
+        return h, h, x, None, energy.masks_itself, places, places, *values
 
 
 @dataclass(frozen=True)
 class EnergyFunction:
-    """Energies (B, T) from (h, frozen, x, visible, causal, *parameters); ``needs_mask`` as in ``Lowering``.
+    """Energies (B, T) from (h, frozen, *seen, *parameters); ``needs_mask`` as in ``Lowering``.
 
     ``gradient_and_energy`` returns a pair, the unscaled gradient (B, T, D) first.
     """
@@ -98,8 +100,8 @@ class EnergyFunction:
 class Lowering:
     """The torch functions of a layer and how they were found.
 
-    Every function takes ``(h, frozen, x, visible, causal, *parameters)``; ``gradient`` takes the values of
-    ``prepare`` after them.
+    Every function takes ``(h, frozen, x, visible, causal, position, context_position, *parameters)``; ``gradient``
+    takes the values of ``prepare`` after them.
 
     Attributes:
         kind: ``"fused"`` for a program in closed form, ``"autograd"`` for the derivative taken at run time.
@@ -136,7 +138,7 @@ class Fused(Lowering):
 
     def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
         self.axis = output_index(plan.energy.width)
-        program = plan.emitter().program([plan.energy.gradient], self.axis)
+        program = plan.program([plan.energy.gradient], self.axis)
         self.plan = plan
         self.kernels = program.kernels
         self.reasons = program.reasons
@@ -149,7 +151,7 @@ class Fused(Lowering):
         self.gradient = plan.compile(repeat, "gradient", border)
 
     def _energy(self, **options) -> EnergyFunction:
-        program = self.plan.emitter(**options).program([self.plan.energy.expression])
+        program = self.plan.program([self.plan.energy.expression], **options)
         function = self.plan.compile(program.graph, "energy")
         return EnergyFunction(function, program.needs_mask, program.scale)
 
@@ -167,7 +169,7 @@ class Fused(Lowering):
     def gradient_and_energy(self) -> EnergyFunction:
         """The pair of what ``gradient`` returns and the energies, from the same kernel calls; not differentiable."""
         expressions = [self.plan.energy.gradient, self.plan.energy.expression]
-        program = self.plan.emitter(kernel_logsumexp=True).program(expressions, self.axis)
+        program = self.plan.program(expressions, self.axis, kernel_logsumexp=True)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
 
 

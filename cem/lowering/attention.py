@@ -2,29 +2,30 @@
 
 ``Sum_s softmax_s(score) * value`` becomes one call of scaled dot product attention when the score is a sum of
 products of a feature of the token and a feature of the context token. Several score terms are concatenated
-features; several sums that share a softmax are one call with concatenated values; where the values are the
-keys, the same tensor serves as both.
+features; several sums that share a softmax are one call with concatenated values; where the values are among the
+keys, one tensor serves as both. Terms of pairs of tokens that do not move with the state become a bias, ``only``
+terms a mask, and heads that only the queries have share their keys.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import count
 from typing import Protocol
 
 import torch
-from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
+from sympy import Expr, Idx, Indexed, Mul, Sum
 from torch import fx
+from torch.nn import functional as F
 
-from ..language.canonical import free_indices, rename
-from ..language.symbols import LogSumExp, Parameter, Softmax, index, size_of, spelling, total
+from ..language.canonical import free_indices
+from ..language.symbols import LogSumExp, Softmax, spelling
 from . import kernels
+from .bilinear import EXACT, Feature, Score, Term, bilinear
 from .ops import Ops
-from .values import BATCH, TOKEN, Value, is_seq, moves_with_token
+from .values import BATCH, TOKEN, Value, is_placed, is_seq, moves_with_token
 
 
 class Host(Protocol):
@@ -46,89 +47,6 @@ class Host(Protocol):
         """An input of the program by name."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One bilinear term of a score: sum over ``inner`` of token factors times context factors."""
-
-    token: tuple[Expr, ...]
-    context: tuple[Expr, ...]
-    inner: tuple[Idx, ...]
-
-
-def bilinear(score: Expr, s: Idx) -> tuple[list[Term], list[Expr]] | None:
-    """Split a score into bilinear terms and terms that do not depend on s; None where that is impossible."""
-    terms: list[Term] = []
-    constant: list[Expr] = []
-    pending: list[tuple[Expr, tuple[Expr, ...], tuple[Expr, ...], tuple[Idx, ...]]]
-    pending = [(term, (), (), ()) for term in reversed(Add.make_args(score))]
-    while pending:
-        expression, token, context, inner = pending.pop()
-        mixed: list[Expr] = []
-        for factor in Mul.make_args(expression):
-            if s not in free_indices(factor):
-                token = (*token, factor)
-            elif not moves_with_token(factor):
-                context = (*context, factor)
-            else:
-                mixed.append(factor)
-        if not mixed and context:
-            terms.append(_term(token, context, inner))
-        elif not mixed:
-            constant.append(total(Mul(*token), inner))
-        else:
-            inside = _opened(mixed[0]) if len(mixed) == 1 else None
-            if inside is None:
-                return None
-            parts, indices = _apart(*inside, {*inner, *free_indices(score)})
-            pending += [(part, token, context, (*inner, *indices)) for part in reversed(parts)]
-    return terms, constant
-
-
-def _term(token: tuple[Expr, ...], context: tuple[Expr, ...], inner: tuple[Idx, ...]) -> Term:
-    """A bilinear term; an index that only one side has is summed on that side."""
-    sides = [frozenset().union(*map(free_indices, side)) for side in (token, context)]
-    alone = [tuple(i for i in inner if i not in sides[1 - n]) for n in range(2)]
-    if alone[0]:
-        token = (total(Mul(*token), alone[0]),)
-    if alone[1]:
-        context = (total(Mul(*context), alone[1]),)
-    return Term(token, context, tuple(i for i in inner if i in sides[0] & sides[1]))
-
-
-def _opened(factor: Expr) -> tuple[tuple[Expr, ...], tuple[Idx, ...]] | None:
-    """The terms below a sum over features, a bracket or the square of a bracket; None for anything else."""
-    indices: tuple[Idx, ...] = ()
-    if isinstance(factor, Sum):
-        indices = tuple(limit[0] for limit in factor.limits)
-        if any(map(is_seq, indices)):
-            return None
-        factor = factor.function
-    if isinstance(factor, Pow) and factor.exp == 2 and isinstance(factor.base, Add):
-        factor = factor.expand()
-    if not indices and not factor.is_Add:
-        return None
-    return Add.make_args(factor), indices
-
-
-def _apart(
-    parts: tuple[Expr, ...], indices: tuple[Idx, ...], taken: set[Idx]
-) -> tuple[tuple[Expr, ...], tuple[Idx, ...]]:
-    """The parts below a sum with fresh names for those of its indices that stand outside it too.
-
-    A canonical sum that does not mention an outer index may bind the same letter.
-    """
-    names = {}
-    for idx in indices:
-        if idx in taken:
-            candidates = (index(f"{idx.label.name}_{n}", size_of(idx)) for n in count(1))
-            names[idx] = next(fresh for fresh in candidates if fresh not in taken)
-    return tuple(rename(part, names) for part in parts), tuple(names.get(i, i) for i in indices)
-
-
-def _token_factors(terms: Sequence[Term]) -> list[Expr]:
-    return [factor for term in terms for factor in term.token]
-
-
 def _nodes(expression: Expr) -> Iterator[Expr]:
     """Every sub-expression once, in a fixed order."""
     seen: set[Expr] = set()
@@ -141,50 +59,35 @@ def _nodes(expression: Expr) -> Iterator[Expr]:
             stack.extend(arg for arg in reversed(node.args) if isinstance(arg, Expr))
 
 
-def _leaves(expression: Expr) -> list[Indexed]:
-    if isinstance(expression, Indexed):
-        return [expression]
-    return [leaf for arg in expression.args if isinstance(arg, Expr) for leaf in _leaves(arg)]
-
-
-@dataclass(frozen=True)
-class Feature:
-    """A product of context factors with feature axes: a key or a value of the kernel."""
-
-    factors: tuple[Expr, ...]
-    axes: tuple[Idx, ...]
-
-    @staticmethod
-    def of(factors: Sequence[Expr], axes: Iterable[Idx]) -> Feature:
-        return Feature(tuple(factors), tuple(sorted(axes, key=spelling)))
-
-    @property
-    def label(self) -> str:
-        """What the feature is called in a program: the parameter that makes it, or the context itself."""
-        bases = [leaf.base for factor in self.factors for leaf in _leaves(factor)]
-        named = [base for base in bases if isinstance(base, Parameter)] or bases
-        return str(named[0].name).lower() if named else "weight"
-
-    @cached_property
-    def key(self) -> tuple[Expr, ...]:
-        """The factors without the names of the feature axes: equal for equal tensors."""
-        names = {idx: index(f"_{n}", size_of(idx)) for n, idx in enumerate(self.axes)}
-        return tuple(rename(factor, names) for factor in self.factors)
-
-
 @dataclass
 class Group:
     """Everything that one softmax over the context needs: its score and the values it averages."""
 
-    score: Expr
+    body: Expr
     index: Idx
-    terms: list[Term]
-    constant: list[Expr]
+    score: Score
     heads: tuple[Idx, ...]
     values: dict[tuple[Expr, ...], Feature] = field(default_factory=dict)
     outputs: dict[tuple[Expr, ...], Value] = field(default_factory=dict)
     logsumexp: Value | None = None
     emitted: bool = False
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a kernel call: queries, keys, a mask or a bias, and the layout of the heads.
+
+    ``keys`` are the features that stand side by side in ``k``; ``own`` are the heads that share keys.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    keys: tuple[Feature, ...]
+    mask: fx.Node
+    causal: fx.Node | bool
+    scale: float
+    heads: tuple[Idx, ...]
+    own: tuple[Idx, ...]
 
 
 class AttentionGroups:
@@ -215,16 +118,16 @@ class AttentionGroups:
                     group, value, _, _ = found
                     group.values.setdefault(value.key, value)
 
-    def group(self, score: Expr, s: Idx) -> Group | None:
-        if (score, s) not in self.groups:
-            found = bilinear(score, s) if moves_with_token(score) else None
+    def group(self, body: Expr, s: Idx) -> Group | None:
+        if (body, s) not in self.groups:
+            found = bilinear(body, s) if moves_with_token(body) else None
             group = None
-            if found is not None and any(map(moves_with_token, _token_factors(found[0]))):
-                heads = tuple(sorted(free_indices(score) - {s}, key=spelling))
+            if found is not None and any(moves_with_token(f) for t in found.terms for f in t.token):
+                heads = tuple(sorted(free_indices(body) - {s}, key=spelling))
                 if not any(map(is_seq, heads)):
-                    group = Group(score, s, *found, heads)
-            self.groups[score, s] = group
-        return self.groups[score, s]
+                    group = Group(body, s, found, heads)
+            self.groups[body, s] = group
+        return self.groups[body, s]
 
     def match(self, factors: Sequence[Expr], over: frozenset[Idx]):
         """(group, value, outer factors, indices left to sum) of a weighted sum, or None."""
@@ -257,15 +160,12 @@ class AttentionGroups:
         return Value(out.node, axes), outside, left
 
     def logsumexp(self, expression: LogSumExp) -> Value | None:
-        """The log-sum-exp of a score from the kernel, or None where the score is not bilinear."""
+        """The log-sum-exp of a score from the kernel, 0 where nothing is seen; None without a kernel."""
         group = self.group(expression.body, expression.index)
         if group is None:
             return None
         self.emit(group)
-        value = group.logsumexp
-        for term in group.constant:
-            value = self.emitter.ops.binary(operator.add, value, self.emitter.lower(term))
-        return value
+        return group.logsumexp
 
     # -- emission -------------------------------------------------------------------------------------------
 
@@ -273,92 +173,171 @@ class AttentionGroups:
         if group.emitted:
             return
         group.emitted = True
-        emitter, ops = self.emitter, self.emitter.ops
-        scale, scales = self.common_scale(group)
-        keys = [Feature.of(term.context, term.inner) for term in group.terms]
-        queries = []
-        for term, key, relative in zip(group.terms, keys, scales, strict=True):
-            token = [emitter.lower(f) for f in term.token if emitter.constant(f) is None]
-            queries.append((ops.contract([Value(relative), *token], frozenset()), key.axes))
-        q = self.concatenate(queries, group.heads, TOKEN, "query")
-        k = self.features(keys, group, "key")
-        width = sum(self.width(key.axes) for key in keys)
-
-        order = {key.key: n for n, key in enumerate(keys)}
-        values = sorted(group.values.values(), key=lambda v: order.get(v.key, len(order)))
-        value_width = sum(self.width(value.axes) for value in values)
-        if not values or [v.key for v in values] == [key.key for key in keys]:
-            v, value_width = k, width
+        ops = self.emitter.ops
+        one = self.operands(group)
+        q, k = one.q, one.k
+        start, places = 0, {}
+        for key in one.keys:
+            places[key.key] = start
+            start += self.width(key)
+        width, values = start, list(group.values.values())
+        if all(value.key in places for value in values):
+            v = k
         else:
-            v = self.features(values, group, "value")
+            places, start = {}, 0
+            for value in values:
+                places[value.key] = start
+                start += self.width(value)
+            v = self.context_features(values, one.heads, group.index, "value")
             # Fused kernels want keys and values of one width; zeros cost nothing but their own columns.
-            if value_width < width:
-                v = ops.call(torch.nn.functional.pad, v, (0, width - value_width))
-            elif value_width > width:
-                q = ops.call(torch.nn.functional.pad, q, (0, value_width - width))
-                k = ops.call(torch.nn.functional.pad, k, (0, value_width - width))
-
-        visible, causal = emitter.input("visible"), emitter.input("causal")
+            if start < width:
+                v = ops.call(F.pad, v, (0, width - start))
+            elif start > width:
+                q = ops.call(F.pad, q, (0, start - width))
+                k = ops.call(F.pad, k, (0, start - width))
+            width = max(width, start)
         ops.kernels.add("sdpa")
-        if (group.score, group.index) in self.wanted:
+        if (group.body, group.index) in self.wanted:
             both = ops.call(
-                kernels.attention_with_logsumexp, q, k, v, visible, causal, scale, name="attention"
+                kernels.attention_with_logsumexp,
+                *(q, k, v, one.mask, one.causal, one.scale),
+                name="attention",
             )
             out = ops.call(operator.getitem, both, 0, name="attended")
             lse = ops.call(operator.getitem, both, 1, name="logsumexp")
-            lse = ops.unflatten(lse, 1, group.heads)
-            group.logsumexp = Value(lse, (BATCH, *group.heads, TOKEN))
+            lse = ops.unflatten(lse, 1, (*one.heads, *one.own))
+            value = Value(lse, (BATCH, *one.heads, *one.own, TOKEN))
+            group.logsumexp = self.raised(value, group, one)
         else:
+            options = {"enable_gqa": True} if one.own else {}
             out = ops.call(
-                torch.nn.functional.scaled_dot_product_attention,
-                q,
-                k,
-                v,
-                attn_mask=visible,
-                is_causal=causal,
-                scale=scale,
+                F.scaled_dot_product_attention,
+                *(q, k, v),
+                attn_mask=one.mask,
+                is_causal=one.causal,
+                scale=one.scale,
+                **options,
                 name="attended",
             )
-        self.cut(group, out, values, max(width, value_width))
-
-    def cut(self, group: Group, out: fx.Node, values: Sequence[Feature], width: int) -> None:
-        """Give every value its own slice of the kernel's output."""
-        ops, start = self.emitter.ops, 0
         for value in values:
-            count = self.width(value.axes)
-            node = out
+            count, node = self.width(value), out
             if count != width:
-                node = ops.call(torch.narrow, out, -1, start, count, name=f"attended_{value.label}")
-            start += count
+                place = places[value.key]
+                node = ops.call(torch.narrow, out, -1, place, count, name=f"attended_{value.label}")
             node = ops.unflatten(node, 3, value.axes)
-            node = ops.unflatten(node, 1, group.heads)
-            group.outputs[value.key] = Value(node, (BATCH, *group.heads, TOKEN, *value.axes))
+            node = ops.unflatten(node, 1, (*one.heads, *one.own))
+            axes = (BATCH, *one.heads, *one.own, TOKEN, *value.axes)
+            group.outputs[value.key] = Value(node, axes)
 
-    def features(self, features: Sequence[Feature], group: Group, name: str) -> fx.Node:
+    def operands(self, group: Group) -> Operands:
+        """Queries, keys and mask of a group."""
+        score, emitter = group.score, self.emitter
+        scale, scales = self.common_scale(score.terms)
+        keys, queries = [], []
+        for term, relative in zip(score.terms, scales, strict=True):
+            key = Feature.of(term.context, term.inner)
+            exact = key.is_placed and not any(map(is_placed, term.token))
+            if exact:
+                key = Feature(key.factors, (*key.axes, EXACT))
+            token = [emitter.lower(f) for f in term.token if emitter.constant(f) is None]
+            query = emitter.ops.contract([Value(relative), *token], frozenset())
+            queries.append((self.settled(query, term.token, "h"), key.axes))
+            keys.append(key)
+        features = [*keys, *group.values.values()]
+        read = {idx for feature in features for f in feature.factors for idx in free_indices(f)}
+        heads = tuple(idx for idx in group.heads if idx in read)
+        own = tuple(idx for idx in group.heads if idx not in read)
+        mask, causal = self.mask(score, (*heads, *own), group.index)
+        return Operands(
+            self.side_by_side(queries, (*heads, *own), TOKEN, "query"),
+            self.context_features(keys, heads, group.index, "key"),
+            tuple(keys),
+            mask,
+            causal,
+            scale,
+            heads,
+            own,
+        )
+
+    def raised(self, value: Value, group: Group, one: Operands) -> Value:
+        """A log-sum-exp with the terms that are the same for all context tokens, where anything is seen."""
+        ops = self.emitter.ops
+        for term in group.score.constant:
+            value = ops.binary(operator.add, value, self.emitter.lower(term))
+        if not group.score.constant:
+            return value
+        heads = (*one.heads, *one.own)
+        node = ops.grouped(value, [[BATCH], heads, [TOKEN]])
+        node = ops.call(kernels.zero_unseen, node, one.mask)
+        return Value(ops.unflatten(node, 1, heads), (BATCH, *heads, TOKEN))
+
+    def mask(self, score: Score, heads: tuple[Idx, ...], s: Idx) -> tuple[fx.Node, fx.Node | bool]:
+        """The mask or bias of a kernel call, and whether the kernel applies causality itself."""
+        emitter, ops = self.emitter, self.emitter.ops
+        visible, causal = emitter.input("visible"), emitter.input("causal")
+        if not score.bias and not score.conditions:
+            return visible, causal
+        node = visible
+        for condition in score.conditions:
+            holds = ops.call(torch.gt, self.pairs(emitter.lower(condition), heads, s), 0)
+            node = ops.call(kernels.seen, node, causal, holds, name="seen")
+            causal = False
+        if score.bias:
+            total = emitter.lower(score.bias[0])
+            for term in score.bias[1:]:
+                total = ops.binary(operator.add, total, emitter.lower(term))
+            bias = ops.call("type_as", self.pairs(total, heads, s), emitter.input("h"))
+            node = ops.call(kernels.bias, node, causal, bias, name="bias")
+        return node, False
+
+    def pairs(self, value: Value, heads: tuple[Idx, ...], s: Idx) -> fx.Node:
+        """A value of pairs of tokens as (batch or 1, heads or 1, tokens, seq)."""
+        ops, layout = self.emitter.ops, (BATCH, *heads, TOKEN, s)
+        if any(axis in heads for axis in value.axes):
+            missing = [axis for axis in heads if axis not in value.axes]
+            node = ops.full(value, (*missing, *(a for a in layout if a not in missing)))
+            shape = [self.emitter.size(axis) for axis in missing]
+            if missing:
+                node = ops.call("expand", node, *shape, *(-1 for _ in layout[len(missing) :]))
+            value = Value(node, (*missing, *(a for a in layout if a not in missing)))
+            value = ops.permute(value, layout)
+            return ops.flatten(value.node, 1, len(heads))
+        return ops.call("unsqueeze", ops.full(value, (BATCH, TOKEN, s)), 1)
+
+    def context_features(
+        self, features: Sequence[Feature], heads: tuple[Idx, ...], s: Idx, name: str
+    ) -> fx.Node:
         """Context features side by side as (batch, heads, seq, width)."""
-        lowered = [
-            (
-                self.emitter.ops.contract(list(map(self.emitter.lower, f.factors)), frozenset()),
-                f.axes,
-            )
-            for f in features
-        ]
-        return self.concatenate(lowered, group.heads, group.index, name)
+        ops, parts = self.emitter.ops, []
+        for feature in features:
+            value = ops.contract(list(map(self.emitter.lower, feature.factors)), frozenset())
+            if EXACT in feature.axes:
+                node = ops.call(kernels.exact_parts, value.node, self.emitter.input("x"))
+                value = Value(node, (*value.axes, EXACT))
+            parts.append((self.settled(value, feature.factors, "x"), feature.axes))
+        return self.side_by_side(parts, heads, s, name)
 
-    def width(self, indices: Sequence[Idx]) -> int:
-        return math.prod(map(self.emitter.size, indices))
+    def settled(self, value: Value, factors: Sequence[Expr], like: str) -> Value:
+        """A feature made of positions in the type of the other features, one row a sequence."""
+        if value.is_number or not any(map(is_placed, factors)) or EXACT in value.axes:
+            return value
+        node = self.emitter.ops.call(kernels.settled, value.node, self.emitter.input(like))
+        return Value(node, value.axes)
 
-    def common_scale(self, group: Group) -> tuple[float, list[float]]:
+    def width(self, feature: Feature) -> int:
+        return math.prod(map(self.emitter.size, feature.axes))
+
+    def common_scale(self, terms: Sequence[Term]) -> tuple[float, list[float]]:
         """A factor of all scores for the kernel's own scale, and what remains for each term."""
         numbers = []
-        for term in group.terms:
+        for term in terms:
             constants = map(self.emitter.constant, term.token)
             numbers.append(float(math.prod(c for c in constants if c is not None)))
         if all(number == numbers[0] for number in numbers) and numbers[0] > 0:
             return numbers[0], [1] * len(numbers)
         return 1.0, numbers
 
-    def concatenate(self, parts, heads: tuple[Idx, ...], position: Idx, name: str) -> fx.Node:
+    def side_by_side(self, parts, heads: tuple[Idx, ...], position: Idx, name: str) -> fx.Node:
         """Features side by side as (batch, heads, position, width)."""
         ops = self.emitter.ops
         nodes = []
@@ -371,7 +350,7 @@ class AttentionGroups:
         return ops.call("transpose", node, 1, 2)
 
     def expand(self, value: Value, axes: tuple[Idx, ...]) -> Value:
-        """Repeat a feature along the head axes it lacks."""
+        """Repeat a feature along the axes it lacks."""
         ops, emitter = self.emitter.ops, self.emitter
         missing = [axis for axis in axes if axis not in value.axes]
         if not missing:

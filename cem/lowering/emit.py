@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
 from ..language.canonical import free_indices, rename
+from ..language.positions import ContextPosition, Lookup, Rope, TokenPosition
 from ..language.symbols import (
     SEQ,
     Context,
@@ -31,26 +31,10 @@ from ..language.symbols import (
 from ..language.words import word_of
 from . import kernels
 from .attention import AttentionGroups
+from .bilinear import EXACT, split_conditions
 from .ops import Ops
-from .values import BATCH, TOKEN, Value, is_seq
-
-INPUTS = ("h", "frozen", "x", "visible", "causal")
-"""Names of a program's inputs; parameters and learned scalars follow under their own names."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """An emitted program: a graph from ``inputs`` to its outputs, and what it uses.
-
-    ``scale`` is a factor of the first output that was left out of the graph.
-    """
-
-    graph: fx.Graph
-    inputs: tuple[str, ...]
-    kernels: tuple[str, ...]
-    needs_mask: bool
-    scale: float = 1.0
-    reasons: tuple[str, ...] = ()
+from .places import Places
+from .values import BATCH, TOKEN, Value, is_placed, is_seq
 
 
 class Emitter:
@@ -71,7 +55,7 @@ class Emitter:
         fuse: bool = True,
     ) -> None:
         self.graph = fx.Graph()
-        self.constants: dict[Symbol, float | int] = {**sizes, **scalars}
+        self.constants: dict[Symbol, float | int] = {**sizes, **scalars, size_of(EXACT): 3}
         self.numbers: dict[Expr, float | int | None] = {}
         self.batched = batched
         self.kernel_logsumexp = kernel_logsumexp
@@ -80,6 +64,7 @@ class Emitter:
         self.inputs: dict[str, fx.Node] = {}
         self.mask: fx.Node | None = None
         self.memo: dict[Expr, Value] = {}
+        self.places = Places(self)
         self.needs_mask = False
         self.reasons: dict[str, None] = {}
         self.lead = (BATCH, TOKEN) if batched else ()
@@ -156,6 +141,8 @@ class Emitter:
                 return self.leaf(expression)
             case Scalar():
                 return Value(self.input(expression.name))
+            case TokenPosition():
+                return Value(self.input("position"), self.lead)
             case Symbol() if expression == SEQ:
                 return self.count()
             case Add():
@@ -172,6 +159,10 @@ class Emitter:
                 return self.softmax(expression)
             case Ravel():
                 return self.ravel(expression)
+            case Rope():
+                return self.places.rotation(expression)
+            case Lookup():
+                return self.places.lookup(expression)
         if is_word(expression):
             word = word_of(expression.func)
             value = self.lower(expression.args[0])
@@ -189,6 +180,8 @@ class Emitter:
                 node, axes = self.input("frozen"), list(self.lead)
             case Context():
                 node, axes = self.input("x"), [BATCH] if self.batched else []
+            case ContextPosition():
+                node, axes = self.input("context_position"), [BATCH] if self.batched else []
             case Parameter():
                 node, axes = self.input(base.name), []
             case _:
@@ -294,40 +287,48 @@ class Emitter:
                 return self.ops.contract(values, left)
         return self.product(factors, over)
 
+    def seen(self, idx: Idx, conditions: Sequence[Expr]) -> Value:
+        """The visible tokens for which every condition is positive, as a mask."""
+        mask = self.visible(idx)
+        for condition in conditions:
+            value = self.lower(condition)
+            if value.is_number:
+                raise ValueError(f"`only` of a number hides nothing or everything: got {condition}")
+            holds = Value(self.ops.call(torch.gt, value.node, 0), value.axes)
+            mask = self.ops.binary(torch.logical_and, mask, holds)
+        return mask
+
     def logsumexp(self, expression: LogSumExp) -> Value:
         if self.groups is not None and self.kernel_logsumexp and is_seq(expression.index):
             value = self.groups.logsumexp(expression)
             if value is not None:
-                place = value.axes.index(TOKEN)
-                seen = self.ops.call(kernels.zero_unseen, value.node, self.input("visible"), place)
-                return Value(seen, value.axes)
-        value = self.lower(expression.body)
+                return value
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_logsumexp")
             self.reasons[
                 "a log-sum-exp over the context is used as a value, which no fused kernel returns with a"
                 " derivative, so it is written out over all pairs of tokens"
             ] = None
-        return self.reduce(
-            torch.logsumexp, kernels.masked_logsumexp, value, expression.index, keep=False
-        )
+        return self.reduce(torch.logsumexp, kernels.masked_logsumexp, expression, keep=False)
 
     def softmax(self, expression: Softmax) -> Value:
-        value = self.lower(expression.body)
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_softmax")
             self.reasons[
                 "a softmax over the context is not an average of context features under bilinear"
                 " scores, so it is written out over all pairs of tokens"
             ] = None
-        return self.reduce(
-            torch.softmax, kernels.masked_softmax, value, expression.index, keep=True
-        )
+        return self.reduce(torch.softmax, kernels.masked_softmax, expression, keep=True)
 
-    def reduce(self, plain, masked, value: Value, idx: Idx, keep: bool) -> Value:
-        if is_seq(idx):
-            return self.ops.reduce(masked, value, idx, self.visible(idx), keep)
-        return self.ops.reduce(plain, value, idx, None, keep)
+    def reduce(self, plain, masked, expression: LogSumExp | Softmax, keep: bool) -> Value:
+        body, idx = expression.args
+        if not is_seq(idx):
+            return self.ops.reduce(plain, self.lower(body), idx, None, keep)
+        score, conditions = split_conditions(body)
+        value = self.lower(score)
+        if is_placed(score):
+            value = Value(self.ops.call("type_as", value.node, self.input("h")), value.axes)
+        return self.ops.reduce(masked, value, idx, self.seen(idx, conditions), keep)
 
     def ravel(self, expression: Ravel) -> Value:
         body, slot, idx = expression.args
@@ -336,55 +337,3 @@ class Emitter:
         keep = [axis for axis in value.axes if axis not in group]
         node = self.ops.grouped(value, [*([axis] for axis in keep), group])
         return Value(node, (*keep, idx))
-
-    # -- programs -------------------------------------------------------------------------------------------
-
-    def output(self, expression: Expr, axes: tuple[Idx, ...]) -> fx.Node:
-        """The node of an expression in a given layout, broadcast to it where the expression lacks an axis."""
-        value = self.lower(expression)
-        axes = self.lead + axes
-        if value.is_number or set(value.axes) != set(axes):
-            zero = self.ops.call(torch.zeros_like, self.input("h"))
-            if len(axes) == len(self.lead):
-                zero = self.ops.call("select", zero, -1, 0)
-            value = self.ops.binary(operator.add, Value(zero, axes), value)
-        return self.ops.permute(value, axes).node
-
-    def program(self, expressions: Sequence[Expr], over: Idx | None = None) -> Program:
-        """A program whose outputs are the expressions; the first has the index ``over``, the others none.
-
-        A numeric factor of the first expression is left to ``Program.scale``: it costs nothing in the step
-        size, and a pass over a tensor in the graph.
-        """
-        scale, first = expressions[0].as_coeff_Mul()
-        if first.is_Add and first.could_extract_minus_sign():
-            scale, first = -scale, -first
-        expressions = [first, *expressions[1:]]
-        if self.groups is not None:
-            self.groups.collect(expressions)
-        self.input("h")
-        axes = [() if over is None else (over,), *(() for _ in expressions[1:])]
-        nodes = list(map(self.output, expressions, axes))
-        self.graph.output(nodes[0] if len(nodes) == 1 else tuple(nodes))
-        self.graph.eliminate_dead_code()
-        inputs = self.order_inputs()
-        self.graph.lint()
-        kernels = tuple(sorted(self.ops.kernels))
-        return Program(
-            self.graph, inputs, kernels, self.needs_mask, float(scale), tuple(self.reasons)
-        )
-
-    def order_inputs(self) -> tuple[str, ...]:
-        """Move the inputs to the front in a fixed order and drop those that nothing reads."""
-        places = {node.target: node for node in self.graph.nodes if node.op == "placeholder"}
-        names = [n for n in INPUTS if n in places] + sorted(n for n in places if n not in INPUTS)
-        names = [n for n in names if places[n].users or n == "h"]
-        for name in places:
-            if name not in names:
-                self.graph.erase_node(places[name])
-        first = next(iter(self.graph.nodes))
-        for name in reversed(names):
-            if places[name] is not first:
-                first.prepend(places[name])
-                first = places[name]
-        return tuple(names)

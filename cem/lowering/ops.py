@@ -97,6 +97,13 @@ class Ops:
             node = self.call("unsqueeze", node, position - lead)
         return node
 
+    def full(self, value: Value, axes: Sequence[Idx]) -> fx.Node:
+        """As ``spread``, with the leading axes too."""
+        node = self.spread(value, axes)
+        for _ in range(next((n for n, axis in enumerate(axes) if axis in value.axes), len(axes))):
+            node = self.call("unsqueeze", node, 0)
+        return node
+
     @staticmethod
     def union(values: Iterable[Value]) -> tuple[Idx, ...]:
         """The common layout of several values: leading axes first, the others as the widest value has them."""
@@ -226,13 +233,6 @@ class Ops:
         axes = self.union([value, visible])
         position = axes.index(axis)
         # A leading axis that only the mask has must exist before the reduction counts its axes.
-        node = self.spread(value, axes)
-        lead = next(n for n, one in enumerate(axes) if one in value.axes)
-        for _ in range(lead):
-            node = self.call("unsqueeze", node, 0)
-        mask = self.spread(visible, axes)
-        lead = next(n for n, one in enumerate(axes) if one in visible.axes)
-        for _ in range(lead):
-            mask = self.call("unsqueeze", mask, 0)
+        node, mask = self.full(value, axes), self.full(visible, axes)
         out = axes if keep else axes[:position] + axes[position + 1 :]
         return Value(self.call(target, node, mask, position), out)

@@ -15,7 +15,10 @@ from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
 TokenEnergy = Callable[..., Tensor]
-"""(h (D,), frozen (D,), x (S, D) or None, visible (S,) or None, *parameters) -> energy ()."""
+"""(h (D,), frozen (D,), x (S, D), visible (S,), position (), context_position (S,), *parameters) -> energy ().
+
+What the energy does not have is None.
+"""
 
 
 class _Detached(TorchFunctionMode):
@@ -49,13 +52,18 @@ def from_callable(
     accepted = set(inspect.signature(function).parameters)
 
     def energy(
-        h: Tensor, frozen: Tensor, x: Tensor | None, visible: Tensor | None, *values: Tensor
+        h: Tensor,
+        frozen: Tensor,
+        x: Tensor | None,
+        visible: Tensor | None,
+        position: Tensor | None,
+        context_position: Tensor | None,
+        *values: Tensor,
     ) -> Tensor:
         keywords: dict = {**scalars, **dict(zip(names, values, strict=True))}
-        if "visible" in accepted:
-            keywords["visible"] = visible
-        if "frozen" in accepted:
-            keywords["frozen"] = frozen
+        roles = {"visible": visible, "frozen": frozen}
+        roles |= {"position": position, "context_position": context_position}
+        keywords |= {role: value for role, value in roles.items() if role in accepted}
         context = (x,) if has_context else ()
         with _Detached() as first:
             value = function(frozen, *context, **keywords)
@@ -90,16 +98,20 @@ def map_tokens(
     x: Tensor | None,
     visible: Tensor | None,
     causal: bool,
+    position: Tensor | None,
+    context_position: Tensor | None,
     *parameters: Tensor,
 ) -> Tensor:
     """Apply a function of one token to every token of every sequence."""
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
+    own, others = _rows(position, len(h)), _rows(context_position, len(h))
     shared = (None,) * len(parameters)
     has = None if x is None else 0
-    tokens = vmap(function, in_dims=(0, 0, None, has, *shared))
-    batch = vmap(tokens, in_dims=(0, 0, has, has, *shared))
-    return batch(h, frozen, x, mask, *parameters)
+    placed = None if own is None else 0
+    tokens = vmap(function, in_dims=(0, 0, None, has, placed, None, *shared))
+    batch = vmap(tokens, in_dims=(0, 0, has, has, placed, placed, *shared))
+    return batch(h, frozen, x, mask, own, others, *parameters)
 
 
 def loop_tokens(
@@ -109,17 +121,26 @@ def loop_tokens(
     x: Tensor | None,
     visible: Tensor | None,
     causal: bool,
+    position: Tensor | None,
+    context_position: Tensor | None,
     *parameters: Tensor,
 ) -> Tensor:
     """What ``map_tokens`` does, one token after the other: for callables that branch on their data."""
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
+    own, others = _rows(position, len(h)), _rows(context_position, len(h))
 
     def one(b: int, t: int) -> Tensor:
         seen = (None, None) if x is None else (x[b], mask[b, t])
-        return function(h[b, t], frozen[b, t], *seen, *parameters)
+        places = (None, None) if own is None else (own[b, t], others[b])
+        return function(h[b, t], frozen[b, t], *seen, *places, *parameters)
 
     return torch.stack([torch.stack([one(b, t) for t in range(h.shape[1])]) for b in range(len(h))])
+
+
+def _rows(positions: Tensor | None, count: int) -> Tensor | None:
+    """Positions with one row a sequence."""
+    return None if positions is None else positions.expand(count, -1)
 
 
 def branches_on_data(token_energy: TokenEnergy, *inputs: Tensor | None) -> bool:
@@ -135,12 +156,12 @@ def branches_on_data(token_energy: TokenEnergy, *inputs: Tensor | None) -> bool:
 def gradient_of(
     token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
 ) -> Callable[..., Tensor]:
-    """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> dE/dh (B, T, D), by autograd."""
+    """(h (B, T, D), frozen, *seen, *parameters) -> dE/dh (B, T, D), by autograd."""
     return partial(mapping, grad(token_energy))
 
 
 def energy_of(
     token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
 ) -> Callable[..., Tensor]:
-    """(h (B, T, D), frozen, x (B, S, D), visible, causal, *parameters) -> energies (B, T)."""
+    """(h (B, T, D), frozen, *seen, *parameters) -> energies (B, T)."""
     return partial(mapping, token_energy)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sympy import Expr, Idx, Indexed, Sum
 from torch import fx
 
+from ..language.positions import ContextPosition, Rope, TokenPosition
 from ..language.symbols import (
     SEQ,
     Context,
@@ -55,15 +56,17 @@ def rank_of_axis(idx: Idx) -> int:
 
 
 def sources(expression: Expr) -> frozenset[type[NamedArray] | str]:
-    """What an expression is computed from: State, Frozen, Context, and "visible" where a reduction is masked."""
+    """What an expression is computed from: kinds of arrays, and "visible" where a reduction is masked."""
     found: set = set()
     stack = [expression]
     while stack:
         node = stack.pop()
         if isinstance(node, Indexed):
-            if isinstance(node.base, State | Frozen | Context):
+            if isinstance(node.base, State | Frozen | Context | ContextPosition):
                 found.add(type(node.base))
             continue
+        if isinstance(node, TokenPosition):
+            found.add(TokenPosition)
         if node == SEQ or any(is_seq(idx) for idx in _reduced(node)):
             found.add("visible")
         stack.extend(arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx))
@@ -81,5 +84,18 @@ def _reduced(node: Expr) -> frozenset[Idx]:
 
 
 def moves_with_token(expression: Expr) -> bool:
-    """Whether the value differs from token to token (through the state, a frozen value or the visible set)."""
-    return bool(sources(expression) & {State, Frozen, "visible"})
+    """Whether the value differs from token to token (through the state, its position or the visible set)."""
+    return bool(sources(expression) & {State, Frozen, TokenPosition, "visible"})
+
+
+def is_placed(expression: Expr) -> bool:
+    """Whether positions are computed with outside rotations, in float32 at least."""
+    if isinstance(expression, Rope):
+        return is_placed(expression.body)
+    if isinstance(expression, Softmax | LogSumExp) and is_seq(expression.index):
+        return False
+    if isinstance(expression, Indexed):
+        return isinstance(expression.base, ContextPosition)
+    if isinstance(expression, TokenPosition):
+        return True
+    return any(is_placed(arg) for arg in expression.args if isinstance(arg, Expr))

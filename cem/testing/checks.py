@@ -110,6 +110,9 @@ def _check_gradient(layer: EnergyLayer, h: Tensor, inputs: Mapping[str, Tensor])
     x = None
     if energy.context is not None:
         tensors[str(energy.context.name)] = x = inputs["context"][0]
+    if energy.has_positions:
+        places = torch.arange(len(h) if x is None else len(x)).to(h)
+        tensors |= {"position": places[-1], "context_position": places}
     evaluate = Evaluator(tensors, {**layer._sizes, SEQ: len(h)})
     with torch.no_grad():
         symbolic = evaluate(energy.gradient, (output_index(energy.width),))

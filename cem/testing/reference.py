@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from itertools import product
 
 import torch
 from sympy import Expr
@@ -26,6 +25,9 @@ def reference_update(
     *,
     context: Tensor | None = None,
     visible: Tensor | None = None,
+    positions: Tensor | None = None,
+    context_positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
     causal: bool = True,
     step_size: float | Tensor = 1.0,
     steps: int = 1,
@@ -48,6 +50,7 @@ def reference_update(
         h: states, shape (..., T, D).
         context: shape (..., S, D), the states themselves if None. Causal tokens see s <= t + S - T.
         visible: bool, True where a token may look: (..., S) or (..., T, S), beside causality.
+        positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
         step_size, steps, refresh, norm, preconditioner: as in :func:`cem.derive`.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
@@ -63,7 +66,8 @@ def reference_update(
     >>> torch.allclose(layer(h), expected, rtol=1e-12)
     True
     """
-    tokens = _Tokens(energy, h, context, visible, causal, norm, parameters_and_scalars)
+    places = (positions, context_positions, document_ids)
+    tokens = _Tokens(energy, h, context, visible, places, causal, norm, parameters_and_scalars)
     states, frozen = h, tokens.read(h)
     for step in range(steps):
         g = tokens.read(states)
@@ -81,6 +85,9 @@ def reference_energy(
     context: Tensor | None = None,
     frozen: Tensor | None = None,
     visible: Tensor | None = None,
+    positions: Tensor | None = None,
+    context_positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
     causal: bool = True,
     norm: Callable[[Tensor], Tensor] | None = None,
     **parameters_and_scalars: float | Tensor,
@@ -89,7 +96,8 @@ def reference_energy(
 
     Arguments as in :func:`reference_update`; ``context`` and ``frozen`` default to ``h``.
     """
-    tokens = _Tokens(energy, h, context, visible, causal, norm, parameters_and_scalars)
+    places = (positions, context_positions, document_ids)
+    tokens = _Tokens(energy, h, context, visible, places, causal, norm, parameters_and_scalars)
     g = tokens.read(h)
     gates = g if frozen is None else tokens.read(frozen)
     return tokens.each(_value, g, gates).reshape(h.shape[:-1])
@@ -98,7 +106,7 @@ def reference_energy(
 def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tensor:
     """:func:`reference_update` with everything that a layer of plain gradient descent holds.
 
-    ``inputs`` are ``context`` and ``visible``; the result depends on the parameters of the layer.
+    ``inputs`` are those of ``layer.forward``; the result depends on the parameters of the layer.
     """
     return reference_update(
         layer.energy_function,
@@ -121,26 +129,47 @@ def values_of(layer: EnergyLayer) -> dict[str, float | Tensor]:
     return {**layer.scalars, **dict(zip(names, layer.values(), strict=True))}
 
 
+PLACES = ("position", "context_position")
+
+
 class _Tokens:
     """The tokens of a batch, with the slice of the context that each of them sees."""
 
-    def __init__(self, energy, h, context, visible, causal, norm, values) -> None:
+    def __init__(self, energy, h, context, visible, places, causal, norm, values) -> None:
         self.energy, self.values, self.norm = _token_energy(energy), values, norm or _same
-        places = product(*map(range, h.shape[:-1]))
-        self.seen: list[Tensor | None] = [None for _ in places]
+        lead, T = h.shape[:-2], h.shape[-2]
+        x = h if context is None else context
+        S = x.shape[-2]
+        positions, context_positions, document_ids = places
+        if context_positions is None:
+            context_positions = positions if context is None else None
+        others = torch.arange(S) if context_positions is None else context_positions
+        others = others.expand(*lead, S).reshape(-1, S)
+        if positions is not None:
+            own = positions.expand(*lead, T).reshape(-1, T)
+        else:
+            own = others[:, S - T :] if causal else torch.arange(T).expand(len(others), T)
+        self.seen: list[dict[str, Tensor]] = [{} for _ in own.flatten()]
+        if energy.has_positions:
+            self.seen = [{"position": one} for one in own.flatten()]
         if energy.context is None:
             return
-        T, x = h.shape[-2], h if context is None else context
         x = self.norm(x) if x.shape[-1] == h.shape[-1] else x
-        S = x.shape[-2]
-        allowed = torch.ones(*h.shape[:-2], T, S, dtype=torch.bool, device=h.device)
+        allowed = torch.ones(*lead, T, S, dtype=torch.bool, device=h.device)
         if causal:
             allowed = allowed.tril(S - T)
         if visible is not None:
             padding = visible.dim() == h.dim() - 1
             allowed = allowed & (visible.unsqueeze(-2) if padding else visible)
-        sequences = zip(x.reshape(-1, S, x.shape[-1]), allowed.reshape(-1, T, S), strict=True)
-        self.seen = [tokens[row] for tokens, rows in sequences for row in rows]
+        if document_ids is not None:
+            ids = document_ids.expand(*lead, S)
+            allowed = allowed & (ids[..., S - T :, None] == ids[..., None, :])
+        x, allowed = x.reshape(-1, S, x.shape[-1]), allowed.reshape(-1, T, S)
+        for n, seen in enumerate(self.seen):
+            row = allowed[n // T, n % T]
+            seen["x"] = x[n // T][row]
+            if energy.has_positions:
+                seen["context_position"] = others[n // T][row.to(others.device)]
 
     def read(self, h: Tensor) -> Tensor:
         """What the energy reads of states: norm(h), one row a token."""
@@ -150,7 +179,7 @@ class _Tokens:
         """``function(energy of the token, its state)`` for every token."""
         found = []
         for state, gate, seen in zip(g, frozen, self.seen, strict=True):
-            rest = (gate, seen, self.values)
+            rest = (gate, seen.get("x"), self.values | {k: v for k, v in seen.items() if k != "x"})
             found.append(function(lambda z, rest=rest: self.energy(z, *rest), state))
         return torch.stack(found)
 
@@ -184,7 +213,7 @@ def _token_energy(energy: Energy) -> Callable[..., Tensor]:
     accepted = inspect.signature(function).parameters
 
     def callable_energy(h: Tensor, frozen: Tensor, x: Tensor | None, values: Mapping) -> Tensor:
-        keywords = dict(values)
+        keywords = {name: value for name, value in values.items() if name not in PLACES}
         sizes = energy.infer_sizes(h, x, keywords)
         for scalar in energy.scalars:
             value = keywords.get(scalar.name, scalar.default)
@@ -196,6 +225,7 @@ def _token_energy(energy: Energy) -> Callable[..., Tensor]:
             keywords["visible"] = torch.ones(len(x), dtype=torch.bool, device=x.device)
         if "frozen" in accepted:
             keywords["frozen"] = frozen
+        keywords |= {name: values[name] for name in PLACES if name in accepted and name in values}
         # What the callable detaches has its value, and its training gradient, at frozen.
         with _Detaching() as gates:
             function(frozen, *arguments, **keywords)
