@@ -1,9 +1,4 @@
-"""The few functions that emitted programs call beside torch's own.
-
-Legend: B batch, T tokens, S context tokens, H heads, E features.
-``visible`` is a bool tensor of shape (B or 1, 1, T, S) or None; ``causal`` stands for s <= t where there is none (T
-equal to S). At most one of them is given.
-"""
+"""Attention whose log-sum-exp comes from the kernel too."""
 
 from __future__ import annotations
 
@@ -52,32 +47,3 @@ def attention_with_logsumexp(
         lse = lse.masked_fill(empty, 0.0)
         out = out.masked_fill(empty.unsqueeze(-1), 0.0)
     return out, lse.to(q.dtype)
-
-
-def zero_unseen(values: Tensor, visible: Tensor | None, axis: int) -> Tensor:
-    """Values with the batch in front and tokens at ``axis``, with zeros for the tokens that see nothing."""
-    if visible is None:
-        return values
-    empty = ~visible.any(-1)
-    shape = [1] * values.dim()
-    shape[0], shape[axis] = empty.shape[0], empty.shape[-1]
-    return values.masked_fill(empty.view(shape), 0.0)
-
-
-def one_unseen(values: Tensor, visible: Tensor) -> Tensor:
-    """Values with ones where nothing is visible."""
-    return torch.where(visible, values, 1.0)
-
-
-def masked_softmax(scores: Tensor, visible: Tensor, dim: int) -> Tensor:
-    """Softmax over the visible entries of an axis; zeros where nothing is visible."""
-    some = visible.any(dim, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(~visible & some, -math.inf), dim)
-    return weights.masked_fill(~visible, 0.0)
-
-
-def masked_logsumexp(scores: Tensor, visible: Tensor, dim: int) -> Tensor:
-    """log sum exp over the visible entries of an axis; 0 where nothing is visible."""
-    some = visible.any(dim, keepdim=True)
-    value = torch.logsumexp(scores.masked_fill(~visible & some, -math.inf), dim)
-    return value.masked_fill(~some.squeeze(dim), 0.0)
