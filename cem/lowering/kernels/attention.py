@@ -1,4 +1,4 @@
-"""Attention whose log-sum-exp comes from the kernel too."""
+"""Attention together with its log-sum-exp, differentiable in both, with memory linear in the sequence."""
 
 from __future__ import annotations
 
@@ -6,44 +6,120 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from . import flash
 
 
 def attention_with_logsumexp(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries (B, H, T, E) over keys and values (B, H, S, E), with its log sum exp (B, H, T).
+    """Attention out_t = sum_s p_ts v_s with its log-sum-exp l_t = log sum_s exp(scale q_t.k_s + bias_ts).
 
-    Both come from one fused kernel where torch returns the second. The log sum exp is not differentiable; for a
-    token that sees nothing both are 0.
+    Both are differentiable, once, from one fused kernel in each direction; a bias that wants a gradient, float64 on
+    CUDA and other devices take the dense product.
+
+    Args:
+        q: queries (B, H, T, E).
+        k, v: keys (B, H, S, E) and values (B, H, S, V).
+        visible: bool (B or 1, 1, T, S), or None.
+        causal: s <= t, where there is no mask and T equals S.
+        scale: the factor of the scores.
+        bias: float, broadcastable to (B, H, T, S), added to the scaled scores.
+
+    Returns:
+        The output (B, H, T, V) and the log-sum-exp (B, H, T); both 0 for a token that sees nothing.
+
+    >>> q, k = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3)
+    >>> out, logsumexp = attention_with_logsumexp(q, k, k + 1, None, True, 1.0)
+    >>> logsumexp.exp().round(decimals=4).tolist()
+    [[[1.0, 2.0]]]
+
+    Source: the backward pass of FlashAttention (arXiv:2205.14135, algorithm 4), with one more term for l.
     """
-    if q.device.type == "cpu":
-        bias = (
-            None
-            if visible is None
-            else torch.zeros_like(visible, dtype=q.dtype).masked_fill(~visible, -math.inf)
-        )
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
-    elif q.device.type == "cuda" and visible is None and q.dtype != torch.float64:
-        # The kernel wants rows of 16 bytes; columns of zeros change no score.
-        width = v.shape[-1]
-        q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )
-        out, lse = out[..., :width], lse[..., : q.shape[-2]]
+    q, k, v = one_dtype(q, k, v)
+    added = additive(visible, bias, q.dtype)
+    if flash.has_kernel(q, k) and not wants_gradient(bias):
+        out, lse = _Attention.apply(q, k, v, added, causal, scale)
     else:
-        scores = (q @ k.transpose(-1, -2)) * scale
-        if causal:
-            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -math.inf)
-        lse = scores.logsumexp(-1)
-        out = torch.softmax(scores, -1) @ v
+        scores = dense_scores(q, k, added, causal, scale)
+        out, lse = torch.softmax(scores, -1) @ v, scores.logsumexp(-1)
     if visible is not None:
         empty = ~visible.any(-1)
         lse = lse.masked_fill(empty, 0.0)
         out = out.masked_fill(empty.unsqueeze(-1), 0.0)
     return out, lse.to(q.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse) from the kernel; the log-sum-exp's own gradient rides along as a column.
+
+    The kernel computes dS = P * (grad_out.v - grad_out.out). A column of zeros in v, of ones in grad_out and of
+    -grad_lse in out adds P * grad_lse.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, bias, causal, scale):
+        return flash.forward(q, k, v, bias, causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, bias, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, bias, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        width = v.shape[-1]
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_lse is not None:
+            grad_out, v = F.pad(grad_out, (0, 1), value=1.0), F.pad(v, (0, 1))
+            out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], -1)
+        dq, dk, dv = flash.backward(grad_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
+        return dq, dk, dv[..., :width], None, None, None
+
+
+def one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype of autocast where it is on, as torch's own attention does; float64 stays."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def wants_gradient(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
+
+
+def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to add to the scores; a token that sees nothing keeps its scores, and its results are to be zeroed."""
+    if visible is None:
+        return bias
+    hidden = ~visible & visible.any(-1, keepdim=True)
+    if bias is None:
+        bias = torch.zeros((), dtype=dtype, device=visible.device)
+    return bias.masked_fill(hidden, -math.inf)
+
+
+def dense_scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Scores (B, H, T, S), -inf where hidden."""
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~past, -math.inf)
+    return scores
