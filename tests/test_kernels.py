@@ -225,6 +225,82 @@ def test_a_second_derivative_is_refused():
         slope.sum().backward()
 
 
+def dense_transposed(q, k, u, visible, causal, bias=None):
+    seen = allowed(visible, causal, q.shape[-2], k.shape[-2])
+    some = seen.any(-1, keepdim=True)
+    scores = SCALE * q @ k.mT + (0 if bias is None else bias)
+    scores = scores.masked_fill(~seen & some, -math.inf)
+    return torch.where(some, scores.softmax(-1), 0).mT @ u
+
+
+@masks
+@pytest.mark.parametrize("width", [E - 2, E, E + 3])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_transposed_attention(visible, causal, size, width, dtype, rtol):
+    assert_same(
+        lambda *inputs: kernels.transposed_attention(
+            *(x.to(dtype) for x in inputs), visible, causal, SCALE
+        ).double(),
+        lambda q, k, u: dense_transposed(q, k, u, visible, causal),
+        draw((B, H, T, E), (B, H, size, E), (B, H, T, width)),
+        rtol,
+    )
+
+
+@masks
+def test_transposed_attention_gradcheck(visible, causal, size):
+    inputs = [x.requires_grad_() for x in draw((B, 1, T, E), (B, 1, size, E), (B, 1, T, V))]
+    assert gradcheck(
+        lambda q, k, u: kernels.transposed_attention(q, k, u, visible, causal, SCALE), inputs
+    )
+
+
+@pytest.mark.parametrize("visible", [None, mask(B, 1)], ids=["all", "mask"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_transposed_attention_takes_a_bias(visible, learned):
+    *inputs, bias = draw((B, H, T, E), (B, H, S, E), (B, H, T, V), (1, H, T, S))
+    assert_same(
+        lambda q, k, u, b=bias: kernels.transposed_attention(q, k, u, visible, False, SCALE, b),
+        lambda q, k, u, b=bias: dense_transposed(q, k, u, visible, False, b),
+        [*inputs, bias] if learned else inputs,
+        1e-12,
+    )
+
+
+def test_transposed_attention_is_the_gradient_of_the_logsumexp_for_the_keys():
+    q, k = draw((B, H, T, E), (B, H, T, E))
+    _, lse = kernels.attention_with_logsumexp(q, k.requires_grad_(), k, None, True, SCALE)
+    (grad,) = torch.autograd.grad(lse.sum(), k)
+    assert_close(kernels.transposed_attention(q, k, SCALE * q, None, True, SCALE), grad, 1e-12)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 3), (3, 0), (1, 1), (1, 300), (300, 1)])
+def test_transposed_attention_of_odd_sizes(rows, columns):
+    assert_same(
+        lambda q, k, u: kernels.transposed_attention(q, k, u, None, False, SCALE),
+        lambda q, k, u: dense_transposed(q, k, u, None, False),
+        draw((B, H, rows, E), (B, H, columns, E), (B, H, rows, V)),
+        1e-12,
+        atol=1e-12,  # one key has weight 1 and no gradient
+    )
+
+
+def test_transposed_attention_needs_linear_memory():
+    def function(length):
+        q, k = (x.requires_grad_() for x in draw((1, 1, length, E), (1, 1, length, E)))
+        return kernels.transposed_attention(q, k, q, None, True, SCALE)
+
+    assert_linear_memory(function, 256, 1024)
+
+
+def test_transposed_attention_compiles():
+    for visible, causal in ((mask(B, 1)[..., :T], False), (None, True)):
+        assert_compiles(
+            lambda q, k, u, m=visible, c=causal: kernels.transposed_attention(q, k, u, m, c, SCALE),
+            draw((B, H, T, E), (B, H, T, E), (B, H, T, V)),
+        )
+
+
 def on_cuda(function, dtype):
     """The same function of float64 tensors on the CPU, computed on CUDA in another dtype."""
 
@@ -271,5 +347,19 @@ def test_attention_with_logsumexp_on_cuda(visible, causal, size, biased, dtype, 
         ),
         lambda q, k, v: dense_attention(q, k, v, visible, causal, bias if biased else None),
         inputs,
+        rtol,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_float32")
+@masks
+@on_gpu
+def test_transposed_attention_on_cuda(visible, causal, size, dtype, rtol):
+    seen = visible if visible is None else visible.cuda()
+    assert_same(
+        on_cuda(lambda q, k, u: kernels.transposed_attention(q, k, u, seen, causal, SCALE), dtype),
+        lambda q, k, u: dense_transposed(q, k, u, visible, causal),
+        draw((B, H, T, E), (B, H, size, E), (B, H, T, V)),
         rtol,
     )

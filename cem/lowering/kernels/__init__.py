@@ -5,7 +5,7 @@ Legend: B batch, H heads, T tokens, S context tokens, E features of queries and 
 equal to S). At most one of them is given. A token that sees nothing gets zeros, never NaN, in values and gradients.
 """
 
-from .attention import attention_with_logsumexp
+from .attention import attention_with_logsumexp, transposed_attention
 from .masked import masked_logsumexp, masked_softmax, one_unseen, zero_unseen
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "masked_logsumexp",
     "masked_softmax",
     "one_unseen",
+    "transposed_attention",
     "zero_unseen",
 ]

@@ -1,4 +1,4 @@
-"""Attention together with its log-sum-exp, differentiable in both, with memory linear in the sequence."""
+"""Attention with its log-sum-exp, and its transpose; differentiable, with memory linear in the sequence."""
 
 from __future__ import annotations
 
@@ -89,6 +89,73 @@ class _Attention(torch.autograd.Function):
             out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], -1)
         dq, dk, dv = flash.backward(grad_out, q, k, v, out, lse, bias, ctx.causal, ctx.scale)
         return dq, dk, dv[..., :width], None, None, None
+
+
+def transposed_attention(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What every context token receives, y_s = sum_t p_ts u_t, with the weights p_t of attention.
+
+    Weights are normalised over s, as in :func:`attention_with_logsumexp`, and the sum runs over t: the transpose of
+    attention, which is how token t acts as context of others where an energy is differentiated for all tokens at
+    once. It is the gradient of attention for its values, so the backward kernel computes it, and its own gradient
+    takes one call in each direction. Differentiable once; the dense product where there is no kernel.
+
+    Args:
+        q: queries (B, H, T, E).
+        k: keys (B, H, S, E).
+        u: what the tokens hand out, (B, H, T, V).
+        visible, causal, scale, bias: as in :func:`attention_with_logsumexp`.
+
+    Returns:
+        (B, H, S, V); a token that sees nothing hands out nothing.
+
+    >>> q, k = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3)
+    >>> transposed_attention(q, k, torch.tensor([[[[1.0], [10.0]]]]), None, True, 1.0).tolist()
+    [[[[6.0], [5.0]]]]
+
+    Source: Energy Transformer (arXiv:2302.07253), the gradient of its attention energy.
+    """
+    q, k, u = one_dtype(q, k, u)
+    added = additive(visible, bias, q.dtype)
+    if visible is not None:
+        u = u.masked_fill(~visible.any(-1).unsqueeze(-1), 0.0)
+    if flash.has_kernel(q, k) and not wants_gradient(bias):
+        return _TransposedAttention.apply(q, k, u, added, causal, scale)
+    scores = dense_scores(q, k, added, causal, scale)
+    return torch.softmax(scores, -1).transpose(-1, -2) @ u
+
+
+class _TransposedAttention(torch.autograd.Function):
+    """The values' gradient of attention; with out = P g, dS = P * (u.g - u.out) is attention's own backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, u, bias, causal, scale):
+        _, lse = flash.forward(q, k, k, bias, causal, scale)
+        # Values and output serve the gradients for q and k alone, which are not used here.
+        values = u.new_zeros(*k.shape[:-1], u.shape[-1])
+        return flash.backward(u, q, k, values, u, lse, bias, causal, scale)[2]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, u, bias, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(q, k, u, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, u, bias = ctx.saved_tensors
+        out, lse = flash.forward(q, k, grad, bias, ctx.causal, ctx.scale)
+        dq, dk, _ = flash.backward(u, q, k, grad, out, lse, bias, ctx.causal, ctx.scale)
+        return dq, dk, out, None, None, None
 
 
 def one_dtype(*tensors: Tensor) -> list[Tensor]:
