@@ -183,11 +183,7 @@ class EnergyLayer(nn.Module):
                 f" got {tuple(frozen.shape)} and {tuple(shape)}; give the states before the step"
             )
         values = self.values()
-        tensors = (h, frozen, *inputs.values(), *values, *self.norm.parameters())
-        tracked = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors
-        )
-        function = self.lowering.energy if tracked else self.lowering.fast_energy
+        function = self.lowering.energy
         _, g, seen = self.reader(self.norm, h, **inputs, dense=function.needs_mask)
         frozen = self.norm(frozen.reshape(g.shape))
         return function(g, frozen, *seen, *values).reshape(shape[:-1])

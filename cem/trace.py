@@ -78,7 +78,7 @@ class LayerTrace:
         frozen = g[:, token : token + 1].expand(1, *points.shape)
         with torch.no_grad():
             inputs = (points[None].to(g), frozen, *seen, *layer.values())
-            return layer.lowering.fast_energy(*inputs)[0]
+            return layer.lowering.energy(*inputs)[0]
 
 
 def _of_sequence(tensor: Tensor, batch: int) -> Tensor:
@@ -161,7 +161,7 @@ def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: boo
     def forward(h: Tensor, **inputs: Tensor | None) -> Tensor:
         shape, lowering, values = h.shape, layer.lowering, layer.values()
         pair = lowering.gradient_and_energy
-        dense = pair.needs_mask or lowering.fast_energy.needs_mask
+        dense = pair.needs_mask or lowering.energy.needs_mask
         h, g, around = layer.reader(layer.norm, h, **inputs, dense=dense)
         frozen, state = g, layer.update.init(h)
         call = {"layer": layer, "frozen": frozen, "seen": around}
@@ -177,7 +177,7 @@ def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: boo
             g = layer.norm(h)
             seen.append(g)
             if after and (layer.refresh == "step" or step + 1 == layer.steps):
-                later.append(lowering.fast_energy(g, *rest))
+                later.append(lowering.energy(g, *rest))
             if layer.refresh == "step":
                 frozen = g
         records.append(

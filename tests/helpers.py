@@ -187,7 +187,7 @@ ENERGIES = [
     Case(two_terms, SDPA),
     Case(narrow_values, SDPA),
     Case(nonlinear_query, SDPA),
-    Case(pair, ("dense_logsumexp", "einsum", "matmul", "sdpa")),
+    Case(pair, SDPA),
     Case(grouped, SDPA),
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),

@@ -113,8 +113,8 @@ class Lowering:
         code: the program of ``gradient`` as readable Python; ``graph`` is it as a torch.fx graph, None for autograd.
         prepare: the values that stay the same from step to step, as a tuple.
         gradient: dE/dh (B, T, D) divided by ``scale``.
-        energy: energies (B, T) with a derivative; ``fast_energy`` may lack one.
-        gradient_and_energy: what ``gradient`` and ``fast_energy`` return, from the same kernel calls.
+        energy: energies (B, T).
+        gradient_and_energy: what ``gradient`` and ``energy`` return, from the same kernel calls.
     """
 
     kind: str
@@ -127,7 +127,6 @@ class Lowering:
     prepare: Callable[..., tuple]
     gradient: Callable[..., Tensor]
     energy: EnergyFunction
-    fast_energy: EnergyFunction
     gradient_and_energy: EnergyFunction
 
 
@@ -150,26 +149,18 @@ class Fused(Lowering):
         self.prepare = plan.compile(prepare, "prepare")
         self.gradient = plan.compile(repeat, "gradient", border)
 
-    def _energy(self, **options) -> EnergyFunction:
-        program = self.plan.program([self.plan.energy.expression], **options)
+    @cached_property
+    def energy(self) -> EnergyFunction:
+        """Energies, attention's from the kernel's own log-sum-exp."""
+        program = self.plan.program([self.plan.energy.expression])
         function = self.plan.compile(program.graph, "energy")
         return EnergyFunction(function, program.needs_mask, program.scale)
 
     @cached_property
-    def energy(self) -> EnergyFunction:
-        """Differentiable energies, written out over all pairs of tokens where there is a context."""
-        return self._energy(fuse=False)
-
-    @cached_property
-    def fast_energy(self) -> EnergyFunction:
-        """Energies from the kernels' own log-sum-exp; not differentiable."""
-        return self._energy(kernel_logsumexp=True)
-
-    @cached_property
     def gradient_and_energy(self) -> EnergyFunction:
-        """The pair of what ``gradient`` returns and the energies, from the same kernel calls; not differentiable."""
+        """The pair of what ``gradient`` returns and the energies, from the same kernel calls."""
         expressions = [self.plan.energy.gradient, self.plan.energy.expression]
-        program = self.plan.program(expressions, self.axis, kernel_logsumexp=True)
+        program = self.plan.program(expressions, self.axis)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
 
 
@@ -189,7 +180,7 @@ class Autograd(Lowering):
         self.reasons = reasons
         self.prepare = lambda *inputs: ()
         self.gradient = gradient_of(token, mapping)
-        self.energy = self.fast_energy = EnergyFunction(energy_of(token, mapping))
+        self.energy = EnergyFunction(energy_of(token, mapping))
         self.gradient_and_energy = EnergyFunction(
             lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
         )

@@ -32,7 +32,6 @@ class Host(Protocol):
     """What a pattern needs of the emitter that it works for."""
 
     ops: Ops
-    kernel_logsumexp: bool
 
     def lower(self, expression: Expr) -> Value:
         """The value of an expression; emitted once."""
@@ -85,6 +84,7 @@ class Operands:
     keys: tuple[Feature, ...]
     mask: fx.Node
     causal: fx.Node | bool
+    bias: fx.Node | None
     scale: float
     heads: tuple[Idx, ...]
     own: tuple[Idx, ...]
@@ -102,11 +102,7 @@ class AttentionGroups:
         """Register every weighted sum and every log-sum-exp before anything is emitted."""
         for expression in expressions:
             for node in _nodes(expression):
-                if (
-                    self.emitter.kernel_logsumexp
-                    and isinstance(node, LogSumExp)
-                    and is_seq(node.index)
-                ):
+                if isinstance(node, LogSumExp) and is_seq(node.index):
                     if self.group(node.body, node.index) is not None:
                         self.wanted.add((node.body, node.index))
                 if not isinstance(node, Sum):
@@ -200,7 +196,7 @@ class AttentionGroups:
         if (group.body, group.index) in self.wanted:
             both = ops.call(
                 kernels.attention_with_logsumexp,
-                *(q, k, v, one.mask, one.causal, one.scale),
+                *(q, k, v, one.mask, one.causal, one.scale, one.bias),
                 name="attention",
             )
             out = ops.call(operator.getitem, both, 0, name="attended")
@@ -210,11 +206,14 @@ class AttentionGroups:
             group.logsumexp = self.raised(value, group, one)
         else:
             options = {"enable_gqa": True} if one.own else {}
+            mask, causal = one.mask, one.causal
+            if one.bias is not None:
+                mask, causal = ops.call(kernels.bias, mask, causal, one.bias, name="bias"), False
             out = ops.call(
                 F.scaled_dot_product_attention,
                 *(q, k, v),
-                attn_mask=one.mask,
-                is_causal=one.causal,
+                attn_mask=mask,
+                is_causal=causal,
                 scale=one.scale,
                 **options,
                 name="attended",
@@ -247,13 +246,14 @@ class AttentionGroups:
         read = {idx for feature in features for f in feature.factors for idx in free_indices(f)}
         heads = tuple(idx for idx in group.heads if idx in read)
         own = tuple(idx for idx in group.heads if idx not in read)
-        mask, causal = self.mask(score, (*heads, *own), group.index)
+        mask, causal, bias = self.mask(score, (*heads, *own), group.index)
         return Operands(
             self.side_by_side(queries, (*heads, *own), TOKEN, "query"),
             self.context_features(keys, heads, group.index, "key"),
             tuple(keys),
             mask,
             causal,
+            bias,
             scale,
             heads,
             own,
@@ -271,24 +271,21 @@ class AttentionGroups:
         node = ops.call(kernels.zero_unseen, node, one.mask)
         return Value(ops.unflatten(node, 1, heads), (BATCH, *heads, TOKEN))
 
-    def mask(self, score: Score, heads: tuple[Idx, ...], s: Idx) -> tuple[fx.Node, fx.Node | bool]:
-        """The mask or bias of a kernel call, and whether the kernel applies causality itself."""
+    def mask(
+        self, score: Score, heads: tuple[Idx, ...], s: Idx
+    ) -> tuple[fx.Node, fx.Node | bool, fx.Node | None]:
+        """The mask of a kernel call, whether the kernel applies causality itself, and a bias of the scores."""
         emitter, ops = self.emitter, self.emitter.ops
-        visible, causal = emitter.input("visible"), emitter.input("causal")
-        if not score.bias and not score.conditions:
-            return visible, causal
-        node = visible
+        mask, causal = emitter.input("visible"), emitter.input("causal")
         for condition in score.conditions:
             holds = ops.call(torch.gt, self.pairs(emitter.lower(condition), heads, s), 0)
-            node = ops.call(kernels.seen, node, causal, holds, name="seen")
-            causal = False
-        if score.bias:
-            total = emitter.lower(score.bias[0])
-            for term in score.bias[1:]:
-                total = ops.binary(operator.add, total, emitter.lower(term))
-            bias = ops.call("type_as", self.pairs(total, heads, s), emitter.input("h"))
-            node = ops.call(kernels.bias, node, causal, bias, name="bias")
-        return node, False
+            mask, causal = ops.call(kernels.seen, mask, causal, holds, name="seen"), False
+        if not score.bias:
+            return mask, causal, None
+        total = emitter.lower(score.bias[0])
+        for term in score.bias[1:]:
+            total = ops.binary(operator.add, total, emitter.lower(term))
+        return mask, causal, ops.call("type_as", self.pairs(total, heads, s), emitter.input("h"))
 
     def pairs(self, value: Value, heads: tuple[Idx, ...], s: Idx) -> fx.Node:
         """A value of pairs of tokens as (batch or 1, heads or 1, tokens, seq)."""

@@ -51,16 +51,13 @@ class Emitter:
         scalars: Mapping[Scalar, float],
         *,
         batched: bool = True,
-        kernel_logsumexp: bool = False,
-        fuse: bool = True,
     ) -> None:
         self.graph = fx.Graph()
         self.constants: dict[Symbol, float | int] = {**sizes, **scalars, size_of(EXACT): 3}
         self.numbers: dict[Expr, float | int | None] = {}
         self.batched = batched
-        self.kernel_logsumexp = kernel_logsumexp
         self.ops = Ops(self.graph, self.size)
-        self.groups = AttentionGroups(self) if batched and fuse else None
+        self.groups = AttentionGroups(self) if batched else None
         self.inputs: dict[str, fx.Node] = {}
         self.mask: fx.Node | None = None
         self.memo: dict[Expr, Value] = {}
@@ -299,15 +296,15 @@ class Emitter:
         return mask
 
     def logsumexp(self, expression: LogSumExp) -> Value:
-        if self.groups is not None and self.kernel_logsumexp and is_seq(expression.index):
+        if self.groups is not None and is_seq(expression.index):
             value = self.groups.logsumexp(expression)
             if value is not None:
                 return value
         if self.batched and is_seq(expression.index):
             self.ops.kernels.add("dense_logsumexp")
             self.reasons[
-                "a log-sum-exp over the context is used as a value, which no fused kernel returns with a"
-                " derivative, so it is written out over all pairs of tokens"
+                "a log-sum-exp over the context has scores that are not bilinear, so it is written out over"
+                " all pairs of tokens"
             ] = None
         return self.reduce(torch.logsumexp, kernels.masked_logsumexp, expression, keep=False)
 

@@ -1,0 +1,30 @@
+"""The few functions that emitted programs call beside torch's own.
+
+Legend: B batch, H heads, T tokens, S context tokens, E features of queries and keys, V features of values.
+``visible`` is a bool tensor of shape (B or 1, 1, T, S) or None; ``causal`` stands for s <= t where there is none (T
+equal to S). At most one of them is given. A token that sees nothing gets zeros, never NaN, in values and gradients.
+"""
+
+from .attention import attention_with_logsumexp, transposed_attention
+from .linear import linear_attention, linear_memory, linear_recall
+from .masked import bias, masked_logsumexp, masked_softmax, one_unseen, seen, zero_unseen
+from .places import exact_parts, lookup, rotate, settled, turns
+
+__all__ = [
+    "attention_with_logsumexp",
+    "bias",
+    "exact_parts",
+    "linear_attention",
+    "linear_memory",
+    "linear_recall",
+    "lookup",
+    "masked_logsumexp",
+    "masked_softmax",
+    "one_unseen",
+    "rotate",
+    "seen",
+    "settled",
+    "transposed_attention",
+    "turns",
+    "zero_unseen",
+]

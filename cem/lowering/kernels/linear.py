@@ -1,0 +1,143 @@
+"""Linear attention, with decay and a recurrent state, in chunks: time and memory linear in the sequence.
+
+No positive number is ever exponentiated where s <= t, and a log decay of -inf, a reset, is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 64
+"""Tokens a chunk. Seconds forward and backward with and without decay, at (1, 4, 4096, 64) in float32, one thread of an
+AMD EPYC with 1 MiB of L2: 0.063 and 0.075 for 32, 0.076 and 0.054 for 64, 0.099 and 0.062 for 128."""
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    visible: Tensor | None = None,
+    causal: bool = True,
+    state: Tensor | None = None,
+) -> Tensor:
+    """out_t = sum_s exp(D_t - D_s) (q_t.k_s) v_s + exp(D_t) q_t.state, with D the running sum of ``log_decay``.
+
+    The sum runs over the s that are visible and, when causal, at most t. The T tokens are the last of the S of the
+    context. Causal attention of a sequence over itself goes chunk by chunk, attention without order and without decay
+    is two products; anything else, a mask with a row for each token among it, takes the dense product of T x S.
+
+    Args:
+        q: queries (B, H, T, E).
+        k, v: keys (B, H, S, E) and values (B, H, S, V).
+        log_decay: (B or 1, H or 1, S), at most 0: what of the past is kept at each context token; None keeps all.
+        visible: bool (B or 1, 1, T or 1, S), or None.
+        causal: s <= t + S - T, besides ``visible``.
+        state: (B, H, E, V), the sum over everything before the first context token.
+
+    Returns:
+        (B, H, T, V).
+
+    >>> q = k = torch.ones(1, 1, 3, 1)
+    >>> v = torch.tensor([1.0, 10.0, 100.0]).reshape(1, 1, 3, 1)
+    >>> linear_attention(q, k, v, torch.full((1, 1, 3), 0.5).log()).flatten().tolist()
+    [1.0, 10.5, 105.25]
+
+    Source: Linear Transformers (arXiv:2006.16236); chunks and decay as in Mamba-2 (arXiv:2405.21060, section 6).
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if visible is not None and visible.shape[-2] == 1:
+        k = k.masked_fill(~visible.transpose(-1, -2), 0.0)
+        visible = None
+    if visible is None and causal and T == S:
+        return linear_recall(q, k, v, log_decay, linear_memory(k, v, log_decay, state))
+    if visible is None and not causal and log_decay is None:
+        return q @ linear_memory(k, v, None, state)[:, :, -1].to(q.dtype)
+    return _dense(q, k, v, log_decay, visible, causal, state)
+
+
+def linear_memory(
+    k: Tensor, v: Tensor, log_decay: Tensor | None = None, state: Tensor | None = None
+) -> Tensor:
+    """The states before each of the N chunks of the context, and the one after the last: (B, H, N + 1, E, V).
+
+    A state is sum_s exp(D - D_s) k_s v_s^T over the past, with D up to the chunk. It depends on the context alone;
+    the last is the ``state`` of what follows. In float32 or wider. Arguments as in :func:`linear_attention`.
+
+    >>> linear_memory(torch.ones(1, 1, 3, 1), torch.ones(1, 1, 3, 1)).flatten().tolist()
+    [0.0, 3.0]
+    """
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    start = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+    k, v = _chunks(k), _chunks(v)
+    if log_decay is None:
+        added = k.transpose(-1, -2) @ v
+        return torch.cat([start.to(dtype).unsqueeze(2), added.to(dtype)], 2).cumsum(2)
+    decay = _chunks(log_decay.unsqueeze(-1)).squeeze(-1)
+    remaining = F.pad(decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    added = (k * remaining.exp().unsqueeze(-1).to(k.dtype)).transpose(-1, -2) @ v
+    kept = decay.sum(-1).exp()[..., None, None].to(dtype)
+    states = [start.to(dtype)]
+    for keep, more in zip(kept.unbind(2), added.to(dtype).unbind(2), strict=True):
+        states.append(torch.addcmul(more, keep, states[-1]))
+    return torch.stack(states, 2)
+
+
+def linear_recall(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, memory: Tensor
+) -> Tensor:
+    """Causal linear attention (B, H, T, V) of a sequence over itself and the ``memory`` of :func:`linear_memory`.
+
+    >>> q = k = v = torch.ones(1, 1, 3, 1)
+    >>> linear_recall(q, k, v, None, linear_memory(k, v)).flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    T = q.shape[-2]
+    q, k, v = _chunks(q), _chunks(k), _chunks(v)
+    weights = q @ k.transpose(-1, -2)  # (B, H, N, C, C)
+    if log_decay is not None:
+        decay = _chunks(log_decay.unsqueeze(-1)).squeeze(-1)
+        weights = weights * _between(decay).exp().to(weights.dtype)
+        q = q * decay.cumsum(-1).exp().unsqueeze(-1).to(q.dtype)
+    out = weights.tril() @ v + q @ memory[:, :, :-1].to(q.dtype)
+    return out.flatten(2, 3)[:, :, :T]
+
+
+def _chunks(t: Tensor) -> Tensor:
+    """(B, H, T, width) as (B, H, N, C, width), with zeros after the end."""
+    size = max(1, min(CHUNK, t.shape[2]))
+    padded = F.pad(t, (0, 0, 0, -t.shape[2] % size))
+    return padded.unflatten(2, (padded.shape[2] // size, size))
+
+
+def _between(log_decay: Tensor) -> Tensor:
+    """D_t - D_s as (..., T, S) for s < t, and 0 elsewhere.
+
+    Summed from s, since the difference of two long sums loses digits, and of two infinite ones everything.
+    """
+    size = log_decay.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
+    steps = log_decay.unsqueeze(-1).expand(*log_decay.shape, size)
+    return steps.masked_fill(~later, 0.0).cumsum(-2)
+
+
+def _dense(q, k, v, log_decay, visible, causal, state) -> Tensor:
+    T, S = q.shape[-2], k.shape[-2]
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    seen = seen.tril(S - T) if causal else seen
+    seen = seen if visible is None else seen & visible
+    weights = (q @ k.transpose(-1, -2)).masked_fill(~seen, 0.0)
+    if log_decay is not None:
+        past = _between(log_decay)
+        both = (past - past.transpose(-1, -2))[..., S - T :, :]
+        weights = weights * both.masked_fill(~seen, -math.inf).exp().to(weights.dtype)
+    out = weights @ v
+    if state is None:
+        return out
+    if log_decay is not None:
+        q = q * log_decay.cumsum(-1)[..., S - T :].exp().unsqueeze(-1).to(q.dtype)
+    return out + q @ state.to(q.dtype)

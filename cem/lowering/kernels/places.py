@@ -1,0 +1,62 @@
+"""Rotations by position, and numbers that are made of positions.
+
+Legend: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def settled(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers made of positions (B or 1, ...) in the type of ``like``, one row a sequence."""
+    return numbers.to(like.dtype).expand(like.shape[0], *numbers.shape[1:])
+
+
+def exact_parts(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers (B or 1, ...) as three columns (B, ..., 3) of the type of ``like`` with the digits of float32."""
+    parts = []
+    for _ in range(3):
+        part = numbers.to(like.dtype)
+        parts.append(part)
+        numbers = numbers - part.to(numbers.dtype)
+    columns = torch.stack(parts, -1)
+    return columns.expand(like.shape[0], *columns.shape[1:])
+
+
+def lookup(array: Tensor, number: Tensor) -> Tensor:
+    """The last axis of an array (..., N) read at whole numbers (*shape), clamped: (..., *shape)."""
+    return array[..., number.floor().long().clamp(0, array.shape[-1] - 1)]
+
+
+def turns(
+    position: Tensor, frequencies: tuple[float, ...] | float, size: int, like: Tensor
+) -> Tensor:
+    """Cosines and sines of position (...) times frequency, (..., 2, n), in the type of ``like``.
+
+    ``frequencies`` may be the base b of n = size/2 frequencies b^(-2i/size). Angles are float32 at least.
+    """
+    if isinstance(frequencies, tuple):
+        rates = torch.tensor(frequencies, dtype=position.dtype, device=position.device)
+    else:
+        powers = torch.arange(0, size, 2, dtype=position.dtype, device=position.device) / -size
+        rates = frequencies**powers
+    angle = position.unsqueeze(-1) * rates
+    return torch.stack((angle.cos(), angle.sin()), -2).to(like.dtype)
+
+
+def rotate(value: Tensor, turns: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    """The first 2 n coordinates of (..., R) turned in pairs, by minus the angle for the inverse."""
+    cos, sin = turns.unbind(-2)
+    count, sign = cos.shape[-1], -1 if inverse else 1
+    if interleaved:
+        u, v = value[..., : 2 * count].unflatten(-1, (count, 2)).unbind(-1)
+    else:
+        u, v = value[..., :count], value[..., count : 2 * count]
+    pair = [torch.addcmul(u * cos, v, sin, value=-sign), torch.addcmul(v * cos, u, sin, value=sign)]
+    if interleaved:
+        pair = [torch.stack(pair, -1).flatten(-2)]
+    if 2 * count < value.shape[-1]:
+        pair.append(value[..., 2 * count :].expand(*pair[0].shape[:-1], -1))
+    return pair[0] if len(pair) == 1 else torch.cat(pair, -1)
