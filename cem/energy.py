@@ -12,6 +12,7 @@ from sympy import Expr, Symbol
 
 from .calculus.curvature import curvature
 from .calculus.gradient import gradient
+from .calculus.joint import joint_gradient
 from .derivation import Derivation
 from .language import serial
 from .language.canonical import canonical
@@ -137,6 +138,11 @@ class Energy:
         if self.expression is None:
             raise ValueError(f"energy `{self.name}` has no symbolic gradient: {self.reason}")
         return gradient(self.expression, self.width)
+
+    @cached_property
+    def joint_gradient(self) -> Expr:
+        """d/dh_d of the energies of all tokens together; see :func:`cem.calculus.joint.joint_gradient`."""
+        return joint_gradient(self._symbolic("differentiated for all tokens"), self.state)
 
     @cached_property
     def has_positions(self) -> bool:

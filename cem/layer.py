@@ -33,6 +33,7 @@ ATTRIBUTES = (
     "steps",
     "causal",
     "refresh",
+    "joint",
 )
 
 
@@ -63,11 +64,12 @@ class EnergyLayer(nn.Module):
         preconditioner: AbstractPreconditioner | None,
         norm: nn.Module,
         refresh: str,
+        joint: bool,
         lowering: str,
     ) -> None:
         super().__init__()
         self.energy_function = energy
-        self.causal, self.steps, self.refresh = causal, steps, refresh
+        self.causal, self.steps, self.refresh, self.joint = causal, steps, refresh, joint
         self._sizes, self._asked = dict(sizes), lowering
         self._fixed = {s: v for s, v in scalars.items() if s.name not in learn}
         self.dim = width_of(energy.width, sizes)
@@ -93,10 +95,16 @@ class EnergyLayer(nn.Module):
         names += tuple(s.name for s in self._learned)
         fixed: tuple[str, ...] = ()
         if self.steps > 1:
-            fixed = (*Seen._fields, *names)
+            fixed = (*(field for field in Seen._fields if field != "x" or not self.joint), *names)
             fixed += ("frozen",) if self.refresh == "layer" else ()
         return lower(
-            self.energy_function, self._sizes, self._fixed, names, kind=self._asked, fixed=fixed
+            self.energy_function,
+            self._sizes,
+            self._fixed,
+            names,
+            kind=self._asked,
+            fixed=fixed,
+            joint=self.joint,
         )
 
     def reset_parameters(self) -> None:
@@ -131,6 +139,11 @@ class EnergyLayer(nn.Module):
             states, shape (..., T, D).
         """
         shape = h.shape
+        if self.joint and context is not None:
+            raise ValueError(
+                f"joint layer `{self.energy_function.name}` moves all tokens together: got `context`; call it"
+                " without `context`"
+            )
         h, g, seen = self.reader(
             self.norm,
             h,
@@ -149,6 +162,7 @@ class EnergyLayer(nn.Module):
             if step:
                 g = self.norm(h)
                 frozen = g if self.refresh == "step" else frozen
+                seen = seen._replace(x=g) if self.joint else seen
             gradient = self.lowering.gradient(g, frozen, *seen, *values, *fixed)
             h, state = self.move(h, gradient, state)
         return h.reshape(shape)
@@ -242,6 +256,7 @@ def derive(
     preconditioner: AbstractPreconditioner | Callable[[int], AbstractPreconditioner] | None = None,
     norm: nn.Module | Callable[[int], nn.Module] | None = None,
     refresh: str = "layer",
+    joint: bool = False,
     lowering: str = "auto",
     learn: Iterable[str] = (),
     device: torch.device | str | None = None,
@@ -262,6 +277,9 @@ def derive(
             through it, the gradient is taken with respect to its output and moves h. A context of another width
             than the state is read as it is.
         refresh: when ``frozen(h)`` is taken: ``"layer"`` once, at the input, or ``"step"``, before every step.
+        joint: differentiate the energies of all tokens together, as Energy Transformer does: a token is then also
+            moved as the context of those that see it. It needs ``causal=False``, since a token that is seen
+            learns of those after it, and a context that is the state itself.
         lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
         device, dtype: where and in what the parameters are held, as in ``nn.Module.to``.
@@ -308,6 +326,8 @@ def derive(
         raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
     if refresh not in REFRESH:
         raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
+    if joint:
+        _check_joint(energy, causal, sizes)
     layer = EnergyLayer(
         energy,
         sizes,
@@ -319,9 +339,27 @@ def derive(
         preconditioner=_made(preconditioner, width),
         norm=nn.Identity() if norm is None else _made(norm, width),
         refresh=refresh,
+        joint=joint,
         lowering=lowering,
     )
     return layer.to(device=device, dtype=dtype)
+
+
+def _check_joint(energy: Energy, causal: bool, sizes: Mapping[Symbol, int]) -> None:
+    if energy.context is None:
+        raise ValueError(
+            f"energy `{energy.name}` has no context, so its tokens do not meet: leave `joint=True` out"
+        )
+    if causal:
+        raise ValueError(
+            f"a joint layer of energy `{energy.name}` moves a token by the energies of those that see it, so it"
+            " cannot be causal: type `causal=False`"
+        )
+    if width_of(energy.context.shape[1], sizes) != width_of(energy.width, sizes):
+        raise ValueError(
+            f"a joint layer of energy `{energy.name}` needs states as its context: got widths"
+            f" {width_of(energy.width, sizes)} and {width_of(energy.context.shape[1], sizes)}"
+        )
 
 
 def _made(part: nn.Module | Callable | None, width: int) -> nn.Module | None:

@@ -16,6 +16,7 @@ from ..language.canonical import LETTERS, canonical, free_indices, rename
 from ..language.positions import Rope
 from ..language.symbols import (
     LogSumExp,
+    NamedArray,
     Ravel,
     Softmax,
     State,
@@ -29,11 +30,16 @@ from ..language.words import word_of
 
 
 @lru_cache(maxsize=65536)
+def depends_on(expression: Expr, kind: type[NamedArray]) -> bool:
+    """Whether entries of one kind of array stand in an expression."""
+    if isinstance(expression, Indexed):
+        return isinstance(expression.base, kind)
+    return any(depends_on(arg, kind) for arg in expression.args if isinstance(arg, Expr))
+
+
 def depends_on_state(expression: Expr) -> bool:
     """Whether a sub-expression moves with the state (frozen values and the context do not)."""
-    if isinstance(expression, Indexed):
-        return isinstance(expression.base, State)
-    return any(depends_on_state(arg) for arg in expression.args if isinstance(arg, Expr))
+    return depends_on(expression, State)
 
 
 def output_index(width: Expr) -> Idx:
@@ -60,33 +66,34 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     )
 
 
-def sweep(root: Expr, seed: Expr = S.One) -> Iterator[tuple[Indexed, Expr]]:
-    """Reverse mode: every leaf that moves with the state, with its adjoint.
+def sweep(
+    root: Expr, seed: Expr = S.One, kind: type[NamedArray] = State
+) -> Iterator[tuple[Indexed, Expr]]:
+    """Reverse mode: every entry of the state, or of another kind of array, with its adjoint.
 
-    ``seed`` is the adjoint of the root. A leaf is an entry of a state; each pair of a leaf and its indices comes
-    once.
+    ``seed`` is the adjoint of the root. Each pair of an array and its indices comes once.
     """
     adjoints: dict[Expr, Expr] = {root: seed}
-    for node in reversed(_topological(root)):
+    for node in reversed(_topological(root, kind)):
         adjoint = adjoints.pop(node)
         if isinstance(node, Indexed):
             yield node, adjoint
             continue
         for child, pushed, scope in _pull_back(node, adjoint):
-            if depends_on_state(child):
+            if depends_on(child, kind):
                 missing = scope - free_indices(child)
                 adjoints[child] = adjoints.get(child, Integer(0)) + total(
                     pushed, sorted(missing, key=spelling)
                 )
 
 
-def _topological(root: Expr) -> list[Expr]:
-    """The sub-expressions that move with the state, each after its own parts."""
+def _topological(root: Expr, kind: type[NamedArray]) -> list[Expr]:
+    """The sub-expressions in which entries of a kind stand, each after its own parts."""
     order: list[Expr] = []
     seen: set[Expr] = set()
 
     def visit(node: Expr) -> None:
-        if node in seen or not depends_on_state(node):
+        if node in seen or not depends_on(node, kind):
             return
         seen.add(node)
         if not isinstance(node, Indexed):
@@ -124,7 +131,7 @@ def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozense
         case Pow():
             base, exponent = node.args
             yield base, adjoint * exponent * Pow(base, exponent - 1), scope
-            if depends_on_state(exponent):
+            if not exponent.is_number:
                 yield exponent, adjoint * node * log(base), scope
         case Sum():
             yield node.function, adjoint, scope.union(limit[0] for limit in node.limits)

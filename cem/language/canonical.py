@@ -13,6 +13,7 @@ from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, S
 
 from .positions import Lookup, Rope
 from .symbols import SEQ, LogSumExp, NamedArray, Ravel, Softmax, size_of, spelling, split, total
+from .tokens import TokenSum
 from .words import Activation, only, relu, step
 
 Indices = frozenset[Idx]
@@ -46,7 +47,7 @@ def free_indices(expression: Expr) -> Indices:
             return frozenset((expression,))
         case Sum():
             return free_indices(expression.function) - {limit[0] for limit in expression.limits}
-        case LogSumExp():
+        case LogSumExp() | TokenSum():
             return free_indices(expression.body) - {expression.index}
         case Softmax():
             return free_indices(expression.body) | {expression.index}
@@ -111,9 +112,9 @@ class _Renamer:
                     idx, names = self.bind(limit[0], names)
                     fresh.append(idx)
                 return self.sum(self.visit(expression.function, names), tuple(reversed(fresh)))
-            case LogSumExp():
+            case LogSumExp() | TokenSum():
                 idx, inner = self.bind(expression.index, names)
-                return LogSumExp(self.visit(expression.body, inner), idx)
+                return expression.func(self.visit(expression.body, inner), idx)
             case Softmax():
                 # The index of a softmax stays free; it is renamed with its body.
                 return Softmax(
@@ -161,7 +162,10 @@ class _Renamer:
 def has_parts(expression: Basic) -> bool:
     """Whether a walk has anything to change below this node."""
     if (
-        isinstance(expression, Idx | Sum | LogSumExp | Softmax | Ravel | Rope | Lookup | Activation)
+        isinstance(
+            expression,
+            Idx | Sum | LogSumExp | TokenSum | Softmax | Ravel | Rope | Lookup | Activation,
+        )
         or expression.is_Float
     ):
         return True
@@ -322,7 +326,7 @@ def bound_indices(node: Basic) -> tuple[Idx, ...]:
     match node:
         case Sum():
             return tuple(limit[0] for limit in node.limits)
-        case LogSumExp():
+        case LogSumExp() | TokenSum():
             return (node.index,)
         case Ravel():
             return split(node.args[1])

@@ -23,6 +23,7 @@ from .reference import (
     energy_of,
     from_callable,
     gradient_of,
+    joint_gradient_of,
     loop_tokens,
     map_tokens,
 )
@@ -41,6 +42,12 @@ class _Plan:
     sizes: Mapping[Symbol, int]
     scalars: Mapping[Scalar, float]
     names: tuple[str, ...]
+    joint: bool = False
+
+    @property
+    def force(self) -> Expr:
+        """The derivative that the layer follows."""
+        return self.energy.joint_gradient if self.joint else self.energy.gradient
 
     def program(self, expressions: Sequence[Expr], over: Idx | None = None, **options) -> Program:
         return program(Emitter(self.sizes, self.scalars, **options), expressions, over)
@@ -137,7 +144,7 @@ class Fused(Lowering):
 
     def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
         self.axis = output_index(plan.energy.width)
-        program = plan.program([plan.energy.gradient], self.axis)
+        program = plan.program([plan.force], self.axis)
         self.plan = plan
         self.kernels = program.kernels
         self.reasons = program.reasons
@@ -159,7 +166,7 @@ class Fused(Lowering):
     @cached_property
     def gradient_and_energy(self) -> EnergyFunction:
         """The pair of what ``gradient`` returns and the energies, from the same kernel calls."""
-        expressions = [self.plan.energy.gradient, self.plan.energy.expression]
+        expressions = [self.plan.force, self.plan.energy.expression]
         program = self.plan.program(expressions, self.axis)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
 
@@ -179,7 +186,9 @@ class Autograd(Lowering):
             reasons = (*reasons, "it branches on its data, so tokens are taken one after the other")
         self.reasons = reasons
         self.prepare = lambda *inputs: ()
-        self.gradient = gradient_of(token, mapping)
+        self.gradient = (
+            joint_gradient_of(token, mapping) if plan.joint else gradient_of(token, mapping)
+        )
         self.energy = EnergyFunction(energy_of(token, mapping))
         self.gradient_and_energy = EnergyFunction(
             lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
@@ -202,26 +211,27 @@ def lower(
     *,
     kind: str = "auto",
     fixed: tuple[str, ...] = (),
+    joint: bool = False,
 ) -> Lowering:
     """Choose how a layer computes dE/dh.
 
     ``names`` are the parameters and learned scalars in the order in which the functions take them, ``fixed`` the
     inputs that stay the same from step to step. ``"fused"`` raises ``LoweringError`` where only autograd is
     possible, ``"autograd"`` forces the reference, ``"auto"`` is fused where it can be. Equal layers share one
-    lowering.
+    lowering. ``joint`` asks for the derivative of the energies of all tokens together.
     """
     if kind not in ("auto", "fused", "autograd"):
         raise ValueError(
             f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
         )
-    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed)
+    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint)
 
 
 @lru_cache(maxsize=256)
 def _lower(
-    energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple
+    energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple, joint: bool
 ) -> Lowering:
-    plan = _Plan(energy, dict(sizes), dict(scalars), names)
+    plan = _Plan(energy, dict(sizes), dict(scalars), names, joint)
     if energy.expression is None:
         if kind == "fused":
             raise LoweringError(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..language.canonical import free_indices
 from ..language.symbols import LogSumExp, Softmax, spelling
+from ..language.tokens import TokenSum
 from . import kernels
 from .bilinear import EXACT, Feature, Score, Term, bilinear
 from .ops import Ops
@@ -60,7 +61,7 @@ def _nodes(expression: Expr) -> Iterator[Expr]:
 
 @dataclass
 class Group:
-    """Everything that one softmax over the context needs: its score and the values it averages."""
+    """Everything that one softmax over the context needs: its score, the values it averages, what tokens hand out."""
 
     body: Expr
     index: Idx
@@ -68,7 +69,10 @@ class Group:
     heads: tuple[Idx, ...]
     values: dict[tuple[Expr, ...], Feature] = field(default_factory=dict)
     outputs: dict[tuple[Expr, ...], Value] = field(default_factory=dict)
+    handed: dict[tuple[Expr, ...], Feature] = field(default_factory=dict)
+    received: dict[tuple[Expr, ...], Value] = field(default_factory=dict)
     logsumexp: Value | None = None
+    operands: Operands | None = None
     emitted: bool = False
 
 
@@ -105,6 +109,10 @@ class AttentionGroups:
                 if isinstance(node, LogSumExp) and is_seq(node.index):
                     if self.group(node.body, node.index) is not None:
                         self.wanted.add((node.body, node.index))
+                if isinstance(node, TokenSum):
+                    handed = self.handed_out(Mul.make_args(node.body), node.index)
+                    if handed is not None:
+                        handed[0].handed.setdefault(handed[1].key, handed[1])
                 if not isinstance(node, Sum):
                     continue
                 found = self.match(
@@ -163,6 +171,29 @@ class AttentionGroups:
         self.emit(group)
         return group.logsumexp
 
+    def handed_out(self, factors: Sequence[Expr], s: Idx) -> tuple[Group, Feature] | None:
+        """(group, what tokens hand out) where a softmax weighs features of the token, or None."""
+        weights = [f for f in factors if isinstance(f, Softmax) and f.index == s]
+        rest = [f for f in factors if f not in weights]
+        if len(weights) != 1 or any(s in free_indices(f) for f in rest):
+            return None
+        group = self.group(weights[0].body, s)
+        features = frozenset().union(*map(free_indices, rest))
+        if group is None or any(map(is_seq, features)):
+            return None
+        return group, Feature.of(rest, features - set(group.heads))
+
+    def received(self, factors: Sequence[Expr], s: Idx) -> Value | None:
+        """What context tokens receive: the sum over tokens of a softmax times features of the token, or None."""
+        found = self.handed_out(factors, s)
+        if found is None:
+            return None
+        group, feature = found
+        if not group.received:
+            self.emit_received(group)
+        out = group.received[feature.key]
+        return Value(out.node, out.axes[: len(out.axes) - len(feature.axes)] + feature.axes)
+
     # -- emission -------------------------------------------------------------------------------------------
 
     def emit(self, group: Group) -> None:
@@ -218,18 +249,53 @@ class AttentionGroups:
                 **options,
                 name="attended",
             )
+        heads = (*one.heads, *one.own)
         for value in values:
-            count, node = self.width(value), out
-            if count != width:
-                place = places[value.key]
-                node = ops.call(torch.narrow, out, -1, place, count, name=f"attended_{value.label}")
-            node = ops.unflatten(node, 3, value.axes)
-            node = ops.unflatten(node, 1, (*one.heads, *one.own))
-            axes = (BATCH, *one.heads, *one.own, TOKEN, *value.axes)
-            group.outputs[value.key] = Value(node, axes)
+            group.outputs[value.key] = self.cut(
+                out, value, heads, places[value.key], width, "attended"
+            )
+
+    def emit_received(self, group: Group) -> None:
+        ops, one = self.emitter.ops, self.operands(group)
+        heads, start, parts = (*one.heads, *one.own), 0, []
+        for feature in group.handed.values():
+            value = ops.contract(list(map(self.emitter.lower, feature.factors)), frozenset())
+            parts.append((self.settled(value, feature.factors, "h"), feature.axes))
+        u = self.side_by_side(parts, heads, TOKEN, "handed_out")
+        ops.kernels.add("transposed_sdpa")
+        out = ops.call(
+            kernels.transposed_attention,
+            *(one.q, one.k, u, one.mask, one.causal, one.scale, one.bias),
+            name="received",
+        )
+        width = sum(map(self.width, group.handed.values()))
+        for feature in group.handed.values():
+            group.received[feature.key] = self.cut(out, feature, heads, start, width, "received")
+            start += self.width(feature)
+
+    def cut(
+        self,
+        out: fx.Node,
+        feature: Feature,
+        heads: tuple[Idx, ...],
+        start: int,
+        width: int,
+        name: str,
+    ) -> Value:
+        """The columns of one feature in the output (batch, heads, tokens, width) of a kernel."""
+        ops, count = self.emitter.ops, self.width(feature)
+        if count != width:
+            out = ops.call(torch.narrow, out, -1, start, count, name=f"{name}_{feature.label}")
+        out = ops.unflatten(ops.unflatten(out, 3, feature.axes), 1, heads)
+        return Value(out, (BATCH, *heads, TOKEN, *feature.axes))
 
     def operands(self, group: Group) -> Operands:
-        """Queries, keys and mask of a group."""
+        """Queries, keys and mask of a group, emitted once."""
+        if group.operands is None:
+            group.operands = self.make_operands(group)
+        return group.operands
+
+    def make_operands(self, group: Group) -> Operands:
         score, emitter = group.score, self.emitter
         scale, scales = self.common_scale(score.terms)
         keys, queries = [], []

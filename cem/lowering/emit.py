@@ -28,6 +28,7 @@ from ..language.symbols import (
     spelling,
     split,
 )
+from ..language.tokens import TokenSum
 from ..language.words import word_of
 from . import kernels
 from .attention import AttentionGroups
@@ -156,6 +157,8 @@ class Emitter:
                 return self.softmax(expression)
             case Ravel():
                 return self.ravel(expression)
+            case TokenSum():
+                return self.received(*expression.args)
             case Rope():
                 return self.places.rotation(expression)
             case Lookup():
@@ -326,6 +329,25 @@ class Emitter:
         if is_placed(score):
             value = Value(self.ops.call("type_as", value.node, self.input("h")), value.axes)
         return self.ops.reduce(masked, value, idx, self.seen(idx, conditions), keep)
+
+    def received(self, body: Expr, s: Idx) -> Value:
+        """The sum over the tokens that see a token, which the index s stands for."""
+        factors = Mul.make_args(body)
+        if self.groups is not None:
+            value = self.groups.received(factors, s)
+            if value is not None:
+                return value
+        self.reasons[
+            "what a token receives as the context of others is summed over all pairs of tokens, since it is not a"
+            " softmax of bilinear scores times features"
+        ] = None
+        values = [self.lower(f) for f in factors if f != 1]
+        if not any(isinstance(f, Softmax) and f.index == s for f in factors):
+            mask = self.visible(s)
+            node = self.ops.call("type_as", mask.node, self.input("h"))
+            values.append(Value(node, mask.axes))
+        value = self.ops.contract(values, frozenset((TOKEN,)))
+        return Value(value.node, tuple(TOKEN if axis == s else axis for axis in value.axes))
 
     def ravel(self, expression: Ravel) -> Value:
         body, slot, idx = expression.args

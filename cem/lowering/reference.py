@@ -160,6 +160,21 @@ def gradient_of(
     return partial(mapping, grad(token_energy))
 
 
+def joint_gradient_of(
+    token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
+) -> Callable[..., Tensor]:
+    """The derivative (B, T, D) of all energies together, for states that are each other's context."""
+
+    def total(h: Tensor, frozen: Tensor, *rest) -> Tensor:
+        return mapping(token_energy, h, frozen, h, *rest).sum()
+
+    def gradient(h: Tensor, frozen: Tensor | None, x: Tensor, *rest) -> Tensor:
+        del x
+        return grad(total)(h, h if frozen is None else frozen, *rest)
+
+    return gradient
+
+
 def energy_of(
     token_energy: TokenEnergy, mapping: Callable[..., Tensor] = map_tokens
 ) -> Callable[..., Tensor]:

@@ -32,6 +32,7 @@ def reference_update(
     step_size: float | Tensor = 1.0,
     steps: int = 1,
     refresh: str = "layer",
+    joint: bool = False,
     norm: Callable[[Tensor], Tensor] | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     **parameters_and_scalars: float | Tensor,
@@ -43,7 +44,8 @@ def reference_update(
     One token at a time: g = norm(h), x_V holds the context tokens that token t may see and no
     others, and frozen is g at the input of the layer or of the step. Only g_t is differentiated.
     Training gradients flow through everything: h, the context, the frozen state, parameters,
-    scalars and the step size.
+    scalars and the step size. ``joint`` differentiates the sum of all energies for all states instead, each the
+    others' context.
 
     Args:
         energy: the energy of one token.
@@ -52,7 +54,7 @@ def reference_update(
         visible: bool, True where a token may look: (..., S) or (..., T, S), beside causality.
         positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
-        step_size, steps, refresh, norm, preconditioner: as in :func:`cem.derive`.
+        step_size, steps, refresh, joint, norm, preconditioner: as in :func:`cem.derive`.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
 
     Returns:
@@ -73,7 +75,17 @@ def reference_update(
         g = tokens.read(states)
         if step and refresh == "step":
             frozen = g
-        gradient = tokens.each(derivative, g, frozen).reshape(h.shape)
+        if joint:
+
+            def total(z: Tensor, frozen: Tensor = frozen) -> Tensor:
+                together = _Tokens(
+                    energy, z, None, visible, places, causal, None, parameters_and_scalars
+                )
+                return together.each(_value, z.reshape(frozen.shape), frozen).sum()
+
+            gradient = derivative(total, g.reshape(h.shape))
+        else:
+            gradient = tokens.each(derivative, g, frozen).reshape(h.shape)
         states = states - step_size * (preconditioner or _same)(gradient)
     return states
 
@@ -115,6 +127,7 @@ def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tens
         step_size=layer.update.step_size,
         steps=layer.steps,
         refresh=layer.refresh,
+        joint=layer.joint,
         norm=layer.norm,
         preconditioner=layer.preconditioner,
         **inputs,

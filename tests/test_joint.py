@@ -1,0 +1,78 @@
+"""Energies of all tokens differentiated together, against autograd of their sum."""
+
+import pytest
+import torch
+from helpers import CONTEXT, Case, assert_same, by_name, gradients
+
+import cem
+from cem import energies
+from cem.testing import assert_close, reference_of
+
+JOINT = [case for case in CONTEXT if not case.needs_context]
+
+
+def mask(seed=3):
+    visible = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(seed)) < 0.6
+    visible[:, 2] = False
+    return visible
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("case", JOINT, ids=by_name)
+def test_joint_layers(case, steps):
+    """Fused and autograd layers equal the definition, in the output and in every gradient."""
+    update = cem.GradientDescent(0.3)
+    layer = case.derive(causal=False, joint=True, steps=steps, update=update)
+    slow = case.derive(causal=False, joint=True, steps=steps, update=update, lowering="autograd")
+    truth = gradients(lambda **z: reference_of(layer, **z), layer, case.inputs(), visible=mask())
+    assert_same(gradients(layer, layer, case.inputs(), visible=mask()), truth, 1e-11)
+    assert_same(gradients(slow, slow, case.inputs(), visible=mask()), truth, 1e-11)
+    assert layer.lowering.kind == "fused"
+
+
+@pytest.mark.parametrize("name", ["interaction", "diagonal_plus_low_rank", "gaussian"])
+def test_joint_attention_is_two_kernel_calls(name):
+    """One forward and one transposed call a softmax, and no product of all pairs of tokens."""
+    case = next(case for case in JOINT if case.name == name)
+    layer = case.derive(causal=False, joint=True)
+    assert layer.lowering.kernels == ("matmul", "sdpa", "transposed_sdpa")
+    assert layer.code.count("transposed_attention") == 1
+
+
+def test_a_joint_step_with_a_norm():
+    case = Case(energies.interaction, ())
+    norm = torch.nn.LayerNorm(12, dtype=torch.float64)
+    layer = case.derive(causal=False, joint=True, steps=2, norm=norm)
+    truth = gradients(lambda **z: reference_of(layer, **z), layer, case.inputs())
+    assert_same(gradients(layer, layer, case.inputs()), truth, 1e-11)
+
+
+def test_the_update_of_energy_transformer():
+    """Equation 5 of arXiv:2302.07253, written out token by token."""
+    case = Case(energies.interaction, ())
+    layer = case.derive(causal=False, joint=True, beta=0.7)
+    (h,) = case.inputs().values()
+    q, k = (torch.einsum("ard,btd->batr", w, h) for w in (layer.Q, layer.K))
+    p = torch.softmax(0.7 * q @ k.mT, -1)
+    force = torch.einsum("bats,basr,ard->btd", p, k, layer.Q)
+    force = force + torch.einsum("bats,batr,ard->bsd", p, q, layer.K)
+    assert_close(layer(h), h + force, 1e-12)
+
+
+def test_a_joint_step_lowers_the_sum_of_the_energies():
+    case = Case(energies.interaction, ())
+    layer = case.derive(causal=False, joint=True, update=cem.GradientDescent(1e-3))
+    (h,) = case.inputs().values()
+    assert layer.energy(layer(h)).sum() < layer.energy(h).sum()
+
+
+def test_what_a_joint_layer_refuses():
+    sizes = {"dim": 12, "heads": 2, "rank": 5}
+    with pytest.raises(ValueError, match="cannot be causal: type `causal=False`"):
+        cem.derive(energies.interaction, joint=True, **sizes)
+    with pytest.raises(ValueError, match="`gated_silu` has no context.*leave `joint=True` out"):
+        cem.derive(energies.gated, joint=True, causal=False, dim=12, hidden=3)
+    layer = cem.derive(energies.interaction, joint=True, causal=False, **sizes)
+    h = torch.randn(1, 3, 12)
+    with pytest.raises(ValueError, match="moves all tokens together: got `context`"):
+        layer(h, context=h)
