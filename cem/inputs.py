@@ -36,12 +36,13 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Checks and reshapes the inputs of one layer."""
+    """Checks and reshapes the inputs of one layer; ``placed`` says whether its energy reads positions."""
 
     energy: Energy
     dim: int
     context_dim: int
     causal: bool
+    placed: bool
 
     def __call__(
         self,
@@ -162,7 +163,7 @@ class Reader:
         h: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Positions of the states and of the context tokens, (B or 1, T) and (B or 1, S)."""
-        if not self.energy.has_positions:
+        if not self.placed:
             for what, value in (
                 ("positions", positions),
                 ("context_positions", context_positions),

@@ -76,7 +76,7 @@ class EnergyLayer(nn.Module):
         self.context_dim = self.dim
         if energy.context is not None:
             self.context_dim = width_of(energy.context.shape[1], sizes)
-        self.reader = Reader(energy, self.dim, self.context_dim, causal)
+        self.reader = Reader(energy, self.dim, self.context_dim, causal, energy.has_positions)
         self.update, self.preconditioner, self.norm = update, preconditioner, norm
         for parameter in energy.parameters:
             shape = [width_of(size, sizes) for size in parameter.shape]

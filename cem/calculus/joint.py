@@ -27,7 +27,7 @@ def joint_gradient(energy: Expr, state: State) -> Expr:
     >>> dim = cem.dims("dim")
     >>> h, x, i = cem.state(dim), cem.context(dim), dim.index("i")
     >>> joint_gradient(canonical(-cem.logsumexp(Sum(h[i] * x[x.index("s"), i], i), x.index("s"))), h).atoms(TokenSum)
-    {TokenSum(Softmax(Sum(h[i]*x[s, i], (i, 0, dim - 1)), s)*h[d], s)}
+    {TokenSum(h[d]*Softmax(Sum(h[i]*x[s, i], (i, 0, dim - 1)), s), s)}
     """
     width = state.shape[0]
     free, token = output_index(width), index("s", SEQ)

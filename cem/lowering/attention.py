@@ -13,7 +13,6 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from sympy import Expr, Idx, Indexed, Mul, Sum
@@ -25,26 +24,8 @@ from ..language.symbols import LogSumExp, Softmax, spelling
 from ..language.tokens import TokenSum
 from . import kernels
 from .bilinear import EXACT, Feature, Score, Term, bilinear
-from .ops import Ops
+from .features import Features, Host
 from .values import BATCH, TOKEN, Value, is_placed, is_seq, moves_with_token
-
-
-class Host(Protocol):
-    """What a pattern needs of the emitter that it works for."""
-
-    ops: Ops
-
-    def lower(self, expression: Expr) -> Value:
-        """The value of an expression; emitted once."""
-
-    def constant(self, expression: Expr) -> float | int | None:
-        """The number an expression stands for, or None."""
-
-    def size(self, idx: Idx) -> int:
-        """The length of an axis."""
-
-    def input(self, name: str) -> fx.Node:
-        """An input of the program by name."""
 
 
 def _nodes(expression: Expr) -> Iterator[Expr]:
@@ -98,7 +79,7 @@ class AttentionGroups:
     """Finds the softmaxes of a program over the context and emits one kernel call for each."""
 
     def __init__(self, emitter: Host) -> None:
-        self.emitter = emitter
+        self.emitter, self.features = emitter, Features(emitter)
         self.groups: dict[tuple[Expr, Idx], Group | None] = {}
         self.wanted: set[tuple[Expr, Idx]] = set()
 
@@ -206,7 +187,7 @@ class AttentionGroups:
         start, places = 0, {}
         for key in one.keys:
             places[key.key] = start
-            start += self.width(key)
+            start += self.features.width(key)
         width, values = start, list(group.values.values())
         if all(value.key in places for value in values):
             v = k
@@ -214,8 +195,8 @@ class AttentionGroups:
             places, start = {}, 0
             for value in values:
                 places[value.key] = start
-                start += self.width(value)
-            v = self.context_features(values, one.heads, group.index, "value")
+                start += self.features.width(value)
+            v = self.features.context_features(values, one.heads, group.index, "value")
             # Fused kernels want keys and values of one width; zeros cost nothing but their own columns.
             if start < width:
                 v = ops.call(F.pad, v, (0, width - start))
@@ -260,18 +241,18 @@ class AttentionGroups:
         heads, start, parts = (*one.heads, *one.own), 0, []
         for feature in group.handed.values():
             value = ops.contract(list(map(self.emitter.lower, feature.factors)), frozenset())
-            parts.append((self.settled(value, feature.factors, "h"), feature.axes))
-        u = self.side_by_side(parts, heads, TOKEN, "handed_out")
+            parts.append((self.features.settled(value, feature.factors, "h"), feature.axes))
+        u = self.features.side_by_side(parts, heads, TOKEN, "handed_out")
         ops.kernels.add("transposed_sdpa")
         out = ops.call(
             kernels.transposed_attention,
             *(one.q, one.k, u, one.mask, one.causal, one.scale, one.bias),
             name="received",
         )
-        width = sum(map(self.width, group.handed.values()))
+        width = sum(map(self.features.width, group.handed.values()))
         for feature in group.handed.values():
             group.received[feature.key] = self.cut(out, feature, heads, start, width, "received")
-            start += self.width(feature)
+            start += self.features.width(feature)
 
     def cut(
         self,
@@ -283,7 +264,7 @@ class AttentionGroups:
         name: str,
     ) -> Value:
         """The columns of one feature in the output (batch, heads, tokens, width) of a kernel."""
-        ops, count = self.emitter.ops, self.width(feature)
+        ops, count = self.emitter.ops, self.features.width(feature)
         if count != width:
             out = ops.call(torch.narrow, out, -1, start, count, name=f"{name}_{feature.label}")
         out = ops.unflatten(ops.unflatten(out, 3, feature.axes), 1, heads)
@@ -306,7 +287,7 @@ class AttentionGroups:
                 key = Feature(key.factors, (*key.axes, EXACT))
             token = [emitter.lower(f) for f in term.token if emitter.constant(f) is None]
             query = emitter.ops.contract([Value(relative), *token], frozenset())
-            queries.append((self.settled(query, term.token, "h"), key.axes))
+            queries.append((self.features.settled(query, term.token, "h"), key.axes))
             keys.append(key)
         features = [*keys, *group.values.values()]
         read = {idx for feature in features for f in feature.factors for idx in free_indices(f)}
@@ -314,8 +295,8 @@ class AttentionGroups:
         own = tuple(idx for idx in group.heads if idx not in read)
         mask, causal, bias = self.mask(score, (*heads, *own), group.index)
         return Operands(
-            self.side_by_side(queries, (*heads, *own), TOKEN, "query"),
-            self.context_features(keys, heads, group.index, "key"),
+            self.features.side_by_side(queries, (*heads, *own), TOKEN, "query"),
+            self.features.context_features(keys, heads, group.index, "key"),
             tuple(keys),
             mask,
             causal,
@@ -344,51 +325,18 @@ class AttentionGroups:
         emitter, ops = self.emitter, self.emitter.ops
         mask, causal = emitter.input("visible"), emitter.input("causal")
         for condition in score.conditions:
-            holds = ops.call(torch.gt, self.pairs(emitter.lower(condition), heads, s), 0)
+            holds = ops.call(torch.gt, self.features.pairs(emitter.lower(condition), heads, s), 0)
             mask, causal = ops.call(kernels.seen, mask, causal, holds, name="seen"), False
         if not score.bias:
             return mask, causal, None
         total = emitter.lower(score.bias[0])
         for term in score.bias[1:]:
             total = ops.binary(operator.add, total, emitter.lower(term))
-        return mask, causal, ops.call("type_as", self.pairs(total, heads, s), emitter.input("h"))
-
-    def pairs(self, value: Value, heads: tuple[Idx, ...], s: Idx) -> fx.Node:
-        """A value of pairs of tokens as (batch or 1, heads or 1, tokens, seq)."""
-        ops, layout = self.emitter.ops, (BATCH, *heads, TOKEN, s)
-        if any(axis in heads for axis in value.axes):
-            missing = [axis for axis in heads if axis not in value.axes]
-            node = ops.full(value, (*missing, *(a for a in layout if a not in missing)))
-            shape = [self.emitter.size(axis) for axis in missing]
-            if missing:
-                node = ops.call("expand", node, *shape, *(-1 for _ in layout[len(missing) :]))
-            value = Value(node, (*missing, *(a for a in layout if a not in missing)))
-            value = ops.permute(value, layout)
-            return ops.flatten(value.node, 1, len(heads))
-        return ops.call("unsqueeze", ops.full(value, (BATCH, TOKEN, s)), 1)
-
-    def context_features(
-        self, features: Sequence[Feature], heads: tuple[Idx, ...], s: Idx, name: str
-    ) -> fx.Node:
-        """Context features side by side as (batch, heads, seq, width)."""
-        ops, parts = self.emitter.ops, []
-        for feature in features:
-            value = ops.contract(list(map(self.emitter.lower, feature.factors)), frozenset())
-            if EXACT in feature.axes:
-                node = ops.call(kernels.exact_parts, value.node, self.emitter.input("x"))
-                value = Value(node, (*value.axes, EXACT))
-            parts.append((self.settled(value, feature.factors, "x"), feature.axes))
-        return self.side_by_side(parts, heads, s, name)
-
-    def settled(self, value: Value, factors: Sequence[Expr], like: str) -> Value:
-        """A feature made of positions in the type of the other features, one row a sequence."""
-        if value.is_number or not any(map(is_placed, factors)) or EXACT in value.axes:
-            return value
-        node = self.emitter.ops.call(kernels.settled, value.node, self.emitter.input(like))
-        return Value(node, value.axes)
-
-    def width(self, feature: Feature) -> int:
-        return math.prod(map(self.emitter.size, feature.axes))
+        return (
+            mask,
+            causal,
+            ops.call("type_as", self.features.pairs(total, heads, s), emitter.input("h")),
+        )
 
     def common_scale(self, terms: Sequence[Term]) -> tuple[float, list[float]]:
         """A factor of all scores for the kernel's own scale, and what remains for each term."""
@@ -399,35 +347,3 @@ class AttentionGroups:
         if all(number == numbers[0] for number in numbers) and numbers[0] > 0:
             return numbers[0], [1] * len(numbers)
         return 1.0, numbers
-
-    def side_by_side(self, parts, heads: tuple[Idx, ...], position: Idx, name: str) -> fx.Node:
-        """Features side by side as (batch, heads, position, width)."""
-        ops = self.emitter.ops
-        nodes = []
-        for value, inner in parts:
-            value = self.expand(value, (BATCH, position, *heads, *inner))
-            value = ops.permute(value, (BATCH, position, *heads, *inner))
-            nodes.append(ops.grouped(value, [[BATCH], [position], heads, inner]))
-        # Heads move to the front last: concatenation then reads and writes whole rows.
-        node = nodes[0] if len(nodes) == 1 else ops.call(torch.cat, nodes, -1, name=name)
-        return ops.call("transpose", node, 1, 2)
-
-    def expand(self, value: Value, axes: tuple[Idx, ...]) -> Value:
-        """Repeat a feature along the axes it lacks."""
-        ops, emitter = self.emitter.ops, self.emitter
-        missing = [axis for axis in axes if axis not in value.axes]
-        if not missing:
-            return value
-        lead = axes[:2]
-        if not set(lead) <= set(value.axes):
-            like = emitter.input("h" if TOKEN in lead else "x")
-            ones = ops.call(torch.ones_like, ops.call("select", like, -1, 0), name="ones")
-            value = ops.binary(operator.mul, Value(ones, lead), value)
-            missing = [axis for axis in axes if axis not in value.axes]
-        order = [axis for axis in axes if axis in value.axes]
-        node = ops.permute(value, order).node
-        for position, axis in enumerate(axes):
-            if axis not in value.axes:
-                node = ops.call("unsqueeze", node, position)
-        shape = [emitter.size(axis) if axis in missing else -1 for axis in axes]
-        return Value(ops.call("expand", node, *shape), axes)
