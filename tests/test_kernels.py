@@ -54,16 +54,17 @@ def assert_same(function, definition, inputs, rtol, **options):
 
 
 class Allocated(TorchDispatchMode):
-    """The numbers in all tensors that are made, forward and backward; what views show counts too."""
+    """The numbers in all tensors that are made, forward and backward, views among them."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = 0
+        self.numbers = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for y in out if isinstance(out, tuple | list) else [out]:
-            self.numbers += y.numel() if isinstance(y, torch.Tensor) else 0
+            size = y.numel() if isinstance(y, torch.Tensor) else 0
+            self.numbers, self.largest = self.numbers + size, max(self.largest, size)
         return out
 
 
@@ -472,6 +473,94 @@ def test_linear_attention_compiles():
         )
 
 
+def dense_grouped(q, k, v, visible, causal):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return dense_attention(q, k, v, visible, causal)[0]
+
+
+PER = 2  # queries for each group of keys
+
+
+@masks
+@pytest.mark.parametrize("per", [1, PER])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_grouped_attention(visible, causal, size, per, dtype, rtol):
+    assert_same(
+        lambda *inputs: kernels.grouped_attention(
+            *(x.to(dtype) for x in inputs), visible, causal, SCALE
+        ).double(),
+        lambda q, k, v: dense_grouped(q, k, v, visible, causal),
+        draw((B, H * per, T, E), (B, H, size, E), (B, H, size, E)),
+        rtol,
+    )
+
+
+@masks
+def test_grouped_attention_gradcheck(visible, causal, size):
+    inputs = [x.requires_grad_() for x in draw((B, PER, T, E), (B, 1, size, E), (B, 1, size, V))]
+    assert gradcheck(
+        lambda q, k, v: kernels.grouped_attention(q, k, v, visible, causal, SCALE), inputs
+    )
+
+
+DECODED = {"all": None, "some": mask(B, 1)[:, :, :1], "nothing": mask(B, 1)[:, :, 2:3]}
+
+
+@pytest.mark.parametrize("visible", DECODED.values(), ids=DECODED)
+@pytest.mark.parametrize("per", [1, PER])
+@pytest.mark.parametrize("function", [kernels.decode_attention, kernels.grouped_attention])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    # bfloat16 keeps 8 bits, float16 11.
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 2e-2),
+        (torch.float16, 3e-3),
+    ],
+)
+def test_decode_attention(visible, per, function, dtype, rtol):
+    flag = () if function is kernels.decode_attention else (False,)
+    for width in (E, V):
+        assert_same(
+            lambda *inputs: function(
+                *(x.to(dtype) for x in inputs), visible, *flag, SCALE
+            ).double(),
+            lambda q, k, v: dense_grouped(q, k, v, visible, False),
+            draw((B, H * per, 1, E), (B, H, S, E), (B, H, S, width)),
+            rtol,
+        )
+
+
+def test_decode_attention_with_keys_for_values():
+    assert_same(
+        lambda q, k: kernels.decode_attention(q, k, k, None, SCALE),
+        lambda q, k: dense_grouped(q, k, k, None, False),
+        draw((B, H * PER, 1, E), (B, H, 3000, E)),
+        1e-12,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, T])
+def test_grouped_attention_never_repeats_the_keys(dtype, rows):
+    """Nothing as large as the keys of all queries is made, forward or backward."""
+    per, size = 8, 512
+    inputs = draw((1, 2 * per, rows, E), (1, 2, size, E), dtype=dtype)
+    q, k = (x.requires_grad_() for x in inputs)
+    with Allocated() as allocated:
+        kernels.grouped_attention(q, k, k, None, False, SCALE).sum().backward()
+    assert allocated.largest < per * k.numel()
+
+
+def test_grouped_attention_compiles():
+    for rows, causal in ((1, False), (T, True)):
+        assert_compiles(
+            lambda q, k, c=causal: kernels.grouped_attention(q, k, k, None, c, SCALE),
+            draw((B, H * PER, rows, E), (B, H, rows if causal else S, E)),
+        )
+
+
 def on_cuda(function, dtype):
     """The same function of float64 tensors on the CPU, computed on CUDA in another dtype."""
 
@@ -532,5 +621,22 @@ def test_transposed_attention_on_cuda(visible, causal, size, dtype, rtol):
         on_cuda(lambda q, k, u: kernels.transposed_attention(q, k, u, seen, causal, SCALE), dtype),
         lambda q, k, u: dense_transposed(q, k, u, visible, causal),
         draw((B, H, T, E), (B, H, size, E), (B, H, T, V)),
+        rtol,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_float32")
+@masks
+@pytest.mark.parametrize("rows", [1, T])
+@on_gpu
+def test_grouped_attention_on_cuda(visible, causal, size, rows, dtype, rtol):
+    causal = causal and rows == T
+    visible = visible if visible is None else visible[..., :rows, :]
+    seen = visible if visible is None else visible.cuda()
+    assert_same(
+        on_cuda(lambda q, k, v: kernels.grouped_attention(q, k, v, seen, causal, SCALE), dtype),
+        lambda q, k, v: dense_grouped(q, k, v, visible, causal),
+        draw((B, H * PER, rows, E), (B, H, size, E), (B, H, size, V)),
         rtol,
     )
