@@ -195,6 +195,17 @@ def test_attention_with_logsumexp_compiles():
         )
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(T, T, dtype=torch.float64)])
+def test_one_tensor_in_every_place_compiles(bias):
+    assert_compiles(
+        lambda q: (
+            *kernels.attention_with_logsumexp(q, q, q, None, True, SCALE, bias),
+            kernels.transposed_attention(q, q, q, None, True, SCALE, bias),
+        ),
+        draw((B, H, T, E)),
+    )
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_attention_with_logsumexp_under_the_transforms_of_torch_func():
     q, k = draw((B, H, T, E), (B, H, T, E))
