@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cem.lowering import kernels
+from cem.lowering.kernels.banded import BLOCK
 from cem.lowering.kernels.linear import CHUNK
 from cem.testing import assert_close
 
@@ -54,29 +55,30 @@ def assert_same(function, definition, inputs, rtol, **options):
 
 
 class Allocated(TorchDispatchMode):
-    """The numbers in all tensors that are made, forward and backward; what views show counts too."""
+    """The numbers in all tensors that are made, forward and backward, views among them."""
 
     def __init__(self):
         super().__init__()
-        self.numbers = 0
+        self.numbers = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for y in out if isinstance(out, tuple | list) else [out]:
-            self.numbers += y.numel() if isinstance(y, torch.Tensor) else 0
+            size = y.numel() if isinstance(y, torch.Tensor) else 0
+            self.numbers, self.largest = self.numbers + size, max(self.largest, size)
         return out
 
 
-def assert_linear_memory(function, *lengths):
-    """What a call and its backward allocate grows in proportion to the length."""
+def assert_linear_memory(function, short, long):
+    """What a call and its backward allocate grows at most in proportion to the length."""
     totals = []
-    for length in lengths:
+    for length in (short, long):
         with Allocated() as allocated:
             found = function(length)
             found = found if isinstance(found, tuple) else (found,)
             sum(y.sum() for y in found).backward()
         totals.append(allocated.numbers / length)
-    assert max(totals) < 1.1 * min(totals), totals
+    assert totals[1] < 1.1 * totals[0], totals
 
 
 def assert_compiles(function, inputs, rtol=1e-12):
@@ -192,6 +194,17 @@ def test_attention_with_logsumexp_compiles():
             ),
             draw((B, H, T, E), (B, H, T, E), (B, H, T, V)),
         )
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(T, T, dtype=torch.float64)])
+def test_one_tensor_in_every_place_compiles(bias):
+    assert_compiles(
+        lambda q: (
+            *kernels.attention_with_logsumexp(q, q, q, None, True, SCALE, bias),
+            kernels.transposed_attention(q, q, q, None, True, SCALE, bias),
+        ),
+        draw((B, H, T, E)),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -479,6 +492,195 @@ def test_linear_attention_compiles():
         )
 
 
+def dense_grouped(q, k, v, visible, causal):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return dense_attention(q, k, v, visible, causal)[0]
+
+
+PER = 2  # queries for each group of keys
+
+
+@masks
+@pytest.mark.parametrize("per", [1, PER])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_grouped_attention(visible, causal, size, per, dtype, rtol):
+    assert_same(
+        lambda *inputs: kernels.grouped_attention(
+            *(x.to(dtype) for x in inputs), visible, causal, SCALE
+        ).double(),
+        lambda q, k, v: dense_grouped(q, k, v, visible, causal),
+        draw((B, H * per, T, E), (B, H, size, E), (B, H, size, E)),
+        rtol,
+    )
+
+
+@masks
+def test_grouped_attention_gradcheck(visible, causal, size):
+    inputs = [x.requires_grad_() for x in draw((B, PER, T, E), (B, 1, size, E), (B, 1, size, V))]
+    assert gradcheck(
+        lambda q, k, v: kernels.grouped_attention(q, k, v, visible, causal, SCALE), inputs
+    )
+
+
+DECODED = {"all": None, "some": mask(B, 1)[:, :, :1], "nothing": mask(B, 1)[:, :, 2:3]}
+
+
+@pytest.mark.parametrize("visible", DECODED.values(), ids=DECODED)
+@pytest.mark.parametrize("per", [1, PER])
+@pytest.mark.parametrize("function", [kernels.decode_attention, kernels.grouped_attention])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    # bfloat16 keeps 8 bits, float16 11.
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 2e-2),
+        (torch.float16, 3e-3),
+    ],
+)
+def test_decode_attention(visible, per, function, dtype, rtol):
+    flag = () if function is kernels.decode_attention else (False,)
+    for width in (E, V):
+        assert_same(
+            lambda *inputs: function(
+                *(x.to(dtype) for x in inputs), visible, *flag, SCALE
+            ).double(),
+            lambda q, k, v: dense_grouped(q, k, v, visible, False),
+            draw((B, H * per, 1, E), (B, H, S, E), (B, H, S, width)),
+            rtol,
+        )
+
+
+def test_decode_attention_with_keys_for_values():
+    assert_same(
+        lambda q, k: kernels.decode_attention(q, k, k, None, SCALE),
+        lambda q, k: dense_grouped(q, k, k, None, False),
+        draw((B, H * PER, 1, E), (B, H, 3000, E)),
+        1e-12,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, T])
+def test_grouped_attention_never_repeats_the_keys(dtype, rows):
+    """Nothing as large as the keys of all queries is made, forward or backward."""
+    per, size = 8, 512
+    inputs = draw((1, 2 * per, rows, E), (1, 2, size, E), dtype=dtype)
+    q, k = (x.requires_grad_() for x in inputs)
+    with Allocated() as allocated:
+        kernels.grouped_attention(q, k, k, None, False, SCALE).sum().backward()
+    assert allocated.largest < per * k.numel()
+
+
+def test_grouped_attention_compiles():
+    for rows, causal in ((1, False), (T, True)):
+        assert_compiles(
+            lambda q, k, c=causal: kernels.grouped_attention(q, k, k, None, c, SCALE),
+            draw((B, H * PER, rows, E), (B, H, rows if causal else S, E)),
+        )
+
+
+def dense_banded(q, k, v, window, sinks=0):
+    s = torch.arange(q.shape[-2])
+    seen = (s > s.unsqueeze(-1) - window) | (s < sinks)
+    return dense_attention(q, k, v, seen, True)[0]
+
+
+LONG = 2 * BLOCK + 41
+windows = pytest.mark.parametrize("window", [1, 7, BLOCK, 2 * BLOCK + 1, LONG - 1, LONG, LONG + 9])
+
+
+@windows
+@pytest.mark.parametrize("sinks", [0, 3, BLOCK + 1])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_banded_attention(window, sinks, dtype, rtol):
+    assert_same(
+        lambda *inputs: kernels.banded_attention(
+            *(x.to(dtype) for x in inputs), window, SCALE, sinks
+        ).double(),
+        lambda q, k, v: dense_banded(q, k, v, window, sinks),
+        draw((B, H, LONG, E), (B, H, LONG, E), (B, H, LONG, V)),
+        rtol,
+        atol=rtol,  # with a window of 1 the scores have no gradient
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, BLOCK, 7 + 5 * BLOCK])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_banded_attention_with_keys_for_values_of_any_length(length, sinks):
+    assert_same(
+        lambda q, k: kernels.banded_attention(q, k, k, 7, SCALE, sinks),
+        lambda q, k: dense_banded(q, k, k, 7, sinks),
+        [x.mT.contiguous().mT for x in draw((B, H, length, E), (B, H, length, E))],
+        1e-12,
+        atol=1e-15,
+    )
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_banded_attention_gradcheck(window, sinks, monkeypatch):
+    monkeypatch.setattr("cem.lowering.kernels.banded.BLOCK", 2)
+    inputs = [x.requires_grad_() for x in draw((1, 2, 8, 3), (1, 2, 8, 3), (1, 2, 8, 2))]
+    assert gradcheck(
+        lambda q, k, v: kernels.banded_attention(q, k, v, window, SCALE, sinks), inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [5, BLOCK, LONG])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_banded_attention_is_causal_to_the_bit(dtype, window, sinks):
+    cut = LONG - 30
+    q, k, later = draw((B, H, LONG, E), (B, H, LONG, E), (B, H, 30, E), dtype=dtype)
+    changed = torch.cat([k[:, :, :cut], later], 2)
+    a = kernels.banded_attention(q, k, k, window, SCALE, sinks)
+    b = kernels.banded_attention(q, changed, changed, window, SCALE, sinks)
+    assert torch.equal(a[:, :, :cut], b[:, :, :cut]) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_what_has_left_the_window_is_forgotten_to_the_bit(sinks):
+    window, cut = 20, BLOCK + 10
+    q, k, earlier = draw((B, H, LONG, E), (B, H, LONG, E), (B, H, cut, E), dtype=torch.float32)
+    changed = torch.cat([k[:, :, :sinks], earlier[:, :, sinks:], k[:, :, cut:]], 2)
+    a = kernels.banded_attention(q, k, k, window, SCALE, sinks)
+    b = kernels.banded_attention(q, changed, changed, window, SCALE, sinks)
+    kept = slice(cut + window - 1, None)
+    assert torch.equal(a[:, :, kept], b[:, :, kept]) and not torch.equal(a, b)
+
+
+def test_sinks_keep_their_digits_in_bfloat16():
+    q, k = draw((B, H, LONG, E), (B, H, LONG, E), dtype=torch.bfloat16)
+    found = kernels.banded_attention(4 * q, 4 * k, k, 8, SCALE, 3)
+    # bfloat16 keeps 8 bits.
+    assert_close(found, dense_banded(4 * q.double(), 4 * k.double(), k.double(), 8, 3), 1e-2)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_banded_attention_needs_linear_memory(sinks):
+    def function(length):
+        q, k = (x.requires_grad_() for x in draw((1, 1, length, E), (1, 1, length, E)))
+        return kernels.banded_attention(q, k, k, 16, SCALE, sinks)
+
+    assert_linear_memory(function, 16 * BLOCK, 64 * BLOCK)
+
+
+def test_banded_attention_compiles():
+    for sinks in (0, 2):
+        assert_compiles(
+            lambda q, k, n=sinks: kernels.banded_attention(q, k, k, 9, SCALE, n),
+            draw((B, H, LONG, E), (B, H, LONG, E)),
+        )
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (3, -1)])
+def test_a_window_that_is_none_is_refused(window, sinks):
+    (q,) = draw((1, 1, 3, E))
+    with pytest.raises(ValueError, match="needs a window of at least 1 .* type `window=1`"):
+        kernels.banded_attention(q, q, q, window, SCALE, sinks)
+
+
 def on_cuda(function, dtype):
     """The same function of float64 tensors on the CPU, computed on CUDA in another dtype."""
 
@@ -539,5 +741,48 @@ def test_transposed_attention_on_cuda(visible, causal, size, dtype, rtol):
         on_cuda(lambda q, k, u: kernels.transposed_attention(q, k, u, seen, causal, SCALE), dtype),
         lambda q, k, u: dense_transposed(q, k, u, visible, causal),
         draw((B, H, T, E), (B, H, size, E), (B, H, T, V)),
+        rtol,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_float32")
+@masks
+@pytest.mark.parametrize("rows", [1, T])
+@on_gpu
+def test_grouped_attention_on_cuda(visible, causal, size, rows, dtype, rtol):
+    causal = causal and rows == T
+    visible = visible if visible is None else visible[..., :rows, :]
+    seen = visible if visible is None else visible.cuda()
+    assert_same(
+        on_cuda(lambda q, k, v: kernels.grouped_attention(q, k, v, seen, causal, SCALE), dtype),
+        lambda q, k, v: dense_grouped(q, k, v, visible, causal),
+        draw((B, H * PER, rows, E), (B, H, size, E), (B, H, size, V)),
+        rtol,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("sinks", [0, 3])
+@on_gpu
+def test_banded_attention_on_cuda(sinks, dtype, rtol):
+    assert_same(
+        on_cuda(lambda q, k: kernels.banded_attention(q, k, k, 20, SCALE, sinks), dtype),
+        lambda q, k: dense_banded(q, k, k, 20, sinks),
+        draw((B, H, LONG, E), (B, H, LONG, E)),
+        rtol,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("full_float32")
+@pytest.mark.parametrize("decay", [None, (1, H)])
+@on_gpu
+def test_linear_attention_on_cuda(decay, dtype, rtol):
+    assert_same(
+        on_cuda(linear_call(kernels.linear_attention, decay, True), dtype),
+        linear_call(dense_linear, decay, True),
+        linear_inputs(2 * CHUNK + 3, decay, True),
         rtol,
     )

@@ -6,14 +6,19 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 """
 
 from .attention import attention_with_logsumexp, transposed_attention
+from .banded import banded_attention
+from .grouped import decode_attention, grouped_attention
 from .linear import linear_attention, linear_memory, linear_recall
 from .masked import bias, masked_logsumexp, masked_softmax, one_unseen, seen, zero_unseen
 from .places import exact_parts, lookup, rotate, settled, turns
 
 __all__ = [
     "attention_with_logsumexp",
+    "banded_attention",
     "bias",
+    "decode_attention",
     "exact_parts",
+    "grouped_attention",
     "linear_attention",
     "linear_memory",
     "linear_recall",

@@ -47,9 +47,23 @@ def attention_with_logsumexp(
     q, k, v = one_dtype(q, k, v)
     if k.shape[1] < q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    out, lse = attend(q, k, v, visible, causal, scale, bias)
+    return out, lse.to(q.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention_with_logsumexp` of tensors of one dtype, with the log-sum-exp as the kernel gives it."""
     added = additive(visible, bias, q.dtype)
     if flash.has_kernel(q, k) and not wants_gradient(bias):
-        out, lse = _Attention.apply(q, k, v, added, causal, scale)
+        out, lse = _Attention.apply(*distinct(q, k, v), added, causal, scale)
     else:
         scores = dense_scores(q, k, added, causal, scale)
         out, lse = torch.softmax(scores, -1) @ v, scores.logsumexp(-1)
@@ -57,7 +71,7 @@ def attention_with_logsumexp(
         empty = ~visible.any(-1)
         lse = lse.masked_fill(empty, 0.0)
         out = out.masked_fill(empty.unsqueeze(-1), 0.0)
-    return out, lse.to(q.dtype)
+    return out, lse
 
 
 class _Attention(torch.autograd.Function):
@@ -150,7 +164,7 @@ def transposed_attention(
     if visible is not None:
         u = u.masked_fill(~visible.any(-1).unsqueeze(-1), 0.0)
     if flash.has_kernel(q, k) and not wants_gradient(bias):
-        return _TransposedAttention.apply(q, k, u, added, causal, scale)
+        return _TransposedAttention.apply(*distinct(q, k, u), added, causal, scale)
     scores = dense_scores(q, k, added, causal, scale)
     return torch.softmax(scores, -1).transpose(-1, -2) @ u
 
@@ -188,6 +202,14 @@ def one_dtype(*tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def distinct(*tensors: Tensor) -> list[Tensor]:
+    """A view for a tensor that comes a second time: Dynamo traces no function with one tensor in two places."""
+    return [
+        t.view_as(t) if any(t is earlier for earlier in tensors[:n]) else t
+        for n, t in enumerate(tensors)
+    ]
 
 
 def wants_gradient(t: Tensor | None) -> bool:
