@@ -173,6 +173,7 @@ ENERGIES = [
     Case(energies.gated_silu, ("matmul",)),
     Case(energies.gated_gelu, ("matmul",)),
     Case(energies.gated_relu, ("matmul",)),
+    Case(energies.gated_sigmoid, ("matmul",)),
     Case(energies.two_sided_gated_silu, ("matmul",)),
     Case(energies.two_sided_gated_gelu, ("matmul",)),
     Case(energies.two_sided_gated_relu, ("matmul",)),

@@ -1,0 +1,104 @@
+"""Every energy of the gallery written a second time, in the pen that the gallery did not use."""
+
+import sympy
+import torch
+from sympy import Sum
+from torch.nn import functional as F
+
+import cem
+
+dim, heads, rank, hidden, block = cem.dims("dim heads rank hidden block")
+
+
+# -- twins: torch pen of what the gallery writes in SymPy ----------------------------------------
+
+
+def gated_twin(activation):
+    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
+    def gated(h, *, U, G):
+        gate = activation(G @ h.detach())
+        return -0.5 * (gate * (U @ h).square()).sum()
+
+    return gated
+
+
+def two_sided_gated_twin(F):
+    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
+    def two_sided_gated(h, *, U, G):
+        return -(F(torch.einsum("md,d->m", G, h)) * torch.mv(U, h)).sum()
+
+    return two_sided_gated
+
+
+def plain_twin(F):
+    @cem.energy(h="dim", U="hidden dim")
+    def plain(h, *, U):
+        return -F(torch.nn.functional.linear(h, U)).sum()
+
+    return plain
+
+
+# -- twins: symbolic pen of what the gallery writes in torch -------------------------------------
+
+
+def attention_twin(h, x, *, diagonal=None):
+    """The interaction energy; ``diagonal(a, s)`` is a further term of its score."""
+    width = h.shape[0]
+    Q, K = cem.parameter("Q", heads, rank, width), cem.parameter("K", heads, rank, width)
+    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+    i, j, a, r, s = h.index("i"), h.index("j"), heads.index("a"), rank.index("r"), x.index("s")
+    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    if diagonal is not None:
+        score += diagonal(a, s)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def interaction_twin():
+    return attention_twin(cem.state(dim), cem.context(dim))
+
+
+def block_twin():
+    h, x = cem.state(heads * block), cem.context(heads * block)
+    lam, b = cem.parameter("lam", heads, block), block.index("b")
+
+    def diagonal(a, s):
+        return Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+
+    return attention_twin(h, x, diagonal=diagonal)
+
+
+def full_twin():
+    h, x = cem.state(dim), cem.context(dim)
+    lam, i = cem.parameter("lam", heads, dim), dim.index("i")
+    return attention_twin(h, x, diagonal=lambda a, s: Sum(lam[a, i] * h[i] * x[s, i], i))
+
+
+def memory_twin():
+    h, U = cem.state(dim), cem.parameter("U", hidden, dim)
+    beta = cem.scalar("beta", default=dim**-0.5, positive=True)
+    i, m = dim.index("i"), hidden.index("m")
+    partition = Sum(sympy.exp(beta * Sum(U[m, i] * h[i], i)), m)
+    return cem.Energy(Sum(h[i] ** 2, i) / 2 - sympy.log(partition) / beta)
+
+
+TWINS = {
+    "interaction": interaction_twin(),
+    "diagonal_plus_low_rank": block_twin(),
+    "diagonal_plus_low_rank_full": full_twin(),
+    "gated": gated_twin(F.silu),
+    "gated_silu": gated_twin(F.silu),
+    "gated_gelu": gated_twin(F.gelu),
+    "gated_relu": gated_twin(F.relu),
+    "gated_sigmoid": gated_twin(F.sigmoid),
+    "two_sided_gated": two_sided_gated_twin(cem.silu_antiderivative),
+    "two_sided_gated_silu": two_sided_gated_twin(cem.silu_antiderivative),
+    "two_sided_gated_gelu": two_sided_gated_twin(cem.gelu_antiderivative),
+    "two_sided_gated_relu": two_sided_gated_twin(cem.relu_antiderivative),
+    "two_sided_gated_sigmoid": two_sided_gated_twin(F.softplus),
+    "plain": plain_twin(cem.relu_antiderivative),
+    "plain_relu": plain_twin(cem.relu_antiderivative),
+    "plain_gelu": plain_twin(cem.gelu_antiderivative),
+    "plain_silu": plain_twin(cem.silu_antiderivative),
+    "plain_softplus": plain_twin(cem.softplus_antiderivative),
+    "memory": memory_twin(),
+}
