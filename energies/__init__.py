@@ -5,6 +5,7 @@ if __name__ != "cem.energies":
 
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
+from .grouped_interaction import grouped_interaction
 from .interaction import interaction
 from .memory import memory
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
@@ -26,6 +27,7 @@ __all__ = [
     "gated_relu",
     "gated_sigmoid",
     "gated_silu",
+    "grouped_interaction",
     "interaction",
     "memory",
     "plain",

@@ -26,9 +26,7 @@ SIZES = {
     "other": 4,
 }
 
-dim, heads, rank, hidden, groups, per_group, wide, low, other = cem.dims(
-    "dim heads rank hidden groups per_group wide low other"
-)
+dim, heads, rank, hidden, wide, low, other = cem.dims("dim heads rank hidden wide low other")
 h, x = cem.state(dim), cem.context(dim)
 c = cem.frozen(h)
 Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
@@ -76,16 +74,6 @@ quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, nam
 level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i), name="level")
 linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
 spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
-
-gq, gk = (
-    cem.parameter("Q", groups, per_group, rank, dim),
-    cem.parameter("K", groups, rank, dim),
-)
-g, o = groups.index("g"), per_group.index("o")
-grouped = cem.Energy(
-    -Sum(cem.logsumexp(beta * Sum(dot(gq, g, o, r) * key(gk, g, r), r), s), g, o) / beta,
-    name="grouped",
-)
 
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
@@ -170,6 +158,7 @@ ENERGIES = [
     Case(energies.interaction, SDPA),
     Case(energies.diagonal_plus_low_rank, SDPA),
     Case(energies.diagonal_plus_low_rank_full, ("einsum", *SDPA)),
+    Case(energies.grouped_interaction, SDPA),
     Case(energies.gated_silu, ("matmul",)),
     Case(energies.gated_gelu, ("matmul",)),
     Case(energies.gated_relu, ("matmul",)),
@@ -189,7 +178,6 @@ ENERGIES = [
     Case(narrow_values, SDPA),
     Case(nonlinear_query, SDPA),
     Case(pair, ("dense_logsumexp", "einsum", "matmul", "sdpa")),
-    Case(grouped, SDPA),
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),
     Case(soft_capped, DENSE),

@@ -17,7 +17,16 @@ from cem.derivations import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("weight_tied_attention", "gated_mlp", "diagonal_plus_low_rank", "memory")
-CONCRETE = {"dim": 3, "seq": 3, "heads": 2, "rank": 2, "hidden": 4, "block": 2}
+CONCRETE = {
+    "dim": 3,
+    "seq": 3,
+    "heads": 2,
+    "rank": 2,
+    "hidden": 4,
+    "block": 2,
+    "groups": 2,
+    "per_group": 2,
+}
 
 
 def page(name):

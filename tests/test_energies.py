@@ -17,7 +17,7 @@ GALLERY = {
     for name in energies.__all__
     if isinstance(found := getattr(energies, name), cem.Energy)
 }
-SIZES = {"dim": 12, "heads": 2, "rank": 5, "hidden": 7}
+SIZES = {"dim": 12, "heads": 2, "rank": 5, "hidden": 7, "groups": 2, "per_group": 3}
 
 
 def test_every_energy_has_a_twin():
@@ -46,6 +46,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "grouped_interaction",
     "interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 
 import cem
 
-dim, heads, rank, hidden, block = cem.dims("dim heads rank hidden block")
+dim, heads, rank, hidden, block, groups, per_group = cem.dims(
+    "dim heads rank hidden block groups per_group"
+)
 
 
 # -- twins: torch pen of what the gallery writes in SymPy ----------------------------------------
@@ -73,6 +75,17 @@ def full_twin():
     return attention_twin(h, x, diagonal=lambda a, s: Sum(lam[a, i] * h[i] * x[s, i], i))
 
 
+def grouped_twin():
+    h, x = cem.state(dim), cem.context(dim)
+    Q = cem.parameter("Q", groups, per_group, rank, dim)
+    K = cem.parameter("K", groups, rank, dim)
+    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+    i, j, r, s = dim.index("i"), dim.index("j"), rank.index("r"), x.index("s")
+    g, o = groups.index("g"), per_group.index("o")
+    score = Sum(Sum(Q[g, o, r, i] * h[i], i) * Sum(K[g, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), g, o) / beta)
+
+
 def memory_twin():
     h, U = cem.state(dim), cem.parameter("U", hidden, dim)
     beta = cem.scalar("beta", default=dim**-0.5, positive=True)
@@ -85,6 +98,7 @@ TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
     "diagonal_plus_low_rank_full": full_twin(),
+    "grouped_interaction": grouped_twin(),
     "gated": gated_twin(F.silu),
     "gated_silu": gated_twin(F.silu),
     "gated_gelu": gated_twin(F.gelu),
