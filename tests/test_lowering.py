@@ -281,6 +281,16 @@ def test_the_kernel_with_log_sum_exp():
         assert not lse[~some].any() and not out[~some].any()
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_kernel_with_log_sum_exp_takes_any_layout(place):
+    tensors = list(torch.randn(3, 1, 2, T, 8, dtype=torch.float64))
+    out, lse = attention_with_logsumexp(*tensors, None, True, 0.3)
+    tensors[place] = tensors[place].mT.contiguous().mT
+    found, found_lse = attention_with_logsumexp(*tensors, None, True, 0.3)
+    assert_close(found, out, 1e-12)
+    assert_close(found_lse, lse, 1e-12)
+
+
 @cem.energy(h="dim", x="seq dim", W="dim dim")
 def branching(h, x, *, W, visible):
     total = 0.0 * h.sum()
