@@ -9,6 +9,14 @@ from .grouped_interaction import grouped_interaction
 from .interaction import interaction
 from .memory import memory
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
+from .structured_interaction import (
+    collaborative_interaction,
+    dense_interaction,
+    diagonal_interaction,
+    symmetric_interaction,
+    symmetrised_interaction,
+    tempered_interaction,
+)
 from .two_sided_gated import (
     two_sided_gated,
     two_sided_gated_by,
@@ -19,6 +27,12 @@ from .two_sided_gated import (
 )
 
 __all__ = [
+    "collaborative_interaction",
+    "dense_interaction",
+    "diagonal_interaction",
+    "symmetric_interaction",
+    "symmetrised_interaction",
+    "tempered_interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
     "gated",

@@ -46,6 +46,12 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "dense_interaction",
+    "diagonal_interaction",
+    "symmetric_interaction",
+    "symmetrised_interaction",
+    "collaborative_interaction",
+    "tempered_interaction",
     "grouped_interaction",
     "interaction",
     "diagonal_plus_low_rank",
@@ -183,3 +189,45 @@ def test_names():
     assert energies.gated_by(cem.silu, name="swiglu").name == "swiglu"
     with pytest.raises(ValueError, match="has no antiderivative among the words"):
         energies.plain_by(cem.gelu_tanh)
+
+
+def on_slices(lam):
+    """diag(lam_a) on the slice of coordinates that head a owns, (H, D, D)."""
+    slices = torch.eye(len(lam), dtype=lam.dtype).repeat_interleave(lam.shape[1], 1)  # (H, D)
+    return torch.diag_embed(slices * lam.flatten())
+
+
+LOW_RANK = "ard,arj->adj"
+W_OF = {
+    "interaction": lambda Q, K: torch.einsum(LOW_RANK, Q, K),
+    "diagonal_interaction": on_slices,
+    "diagonal_plus_low_rank": lambda Q, K, lam: torch.einsum(LOW_RANK, Q, K) + on_slices(lam),
+    "symmetric_interaction": lambda Q, sigma: torch.einsum("ard,ar,arj->adj", Q, sigma, Q),
+    "symmetrised_interaction": lambda Q, K: (
+        (torch.einsum(LOW_RANK, Q, K) + torch.einsum(LOW_RANK, K, Q)) / 2
+    ),
+    "collaborative_interaction": lambda Q, K, sigma: torch.einsum("rd,ar,rj->adj", Q, sigma, K),
+    "tempered_interaction": lambda Q, K, log_beta: (Q.mT @ K).expand(len(log_beta), -1, -1),
+}
+
+
+@pytest.mark.parametrize("name", W_OF)
+def test_a_structure_is_a_point_of_the_dense_interaction(name):
+    layer, h = derive(GALLERY[name])
+    if name == "tempered_interaction":
+        torch.nn.init.zeros_(layer.log_beta)
+    dense, _ = derive(energies.dense_interaction, beta=layer.scalars["beta"])
+    dense.load_state_dict({"W": W_OF[name](**dict(layer.named_parameters()))})
+    torch.testing.assert_close(layer(h), dense(h), rtol=1e-12, atol=1e-12)
+
+
+def test_heads_with_one_temperature_each():
+    """A temperature sharpens the weights of its head and leaves the scale of its force."""
+    layer, h = derive(energies.tempered_interaction)
+    expected = h.clone()
+    for beta in layer.scalars["beta"] * layer.log_beta.exp():
+        scores = (beta * h @ layer.Q.mT @ (h @ layer.K.mT).mT).masked_fill(
+            ~torch.ones(len(h), len(h)).bool().tril(), -torch.inf
+        )
+        expected = expected + scores.softmax(-1) @ h @ layer.K.mT @ layer.Q
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)

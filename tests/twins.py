@@ -75,12 +75,64 @@ def full_twin():
     return attention_twin(h, x, diagonal=lambda a, s: Sum(lam[a, i] * h[i] * x[s, i], i))
 
 
+h, x = cem.state(dim), cem.context(dim)
+i, j, a, r, b, s = (
+    size.index(name) for size, name in zip((dim, dim, heads, rank, block, x), "ijarbs", strict=True)
+)
+beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+
+
+def dense_twin():
+    W = cem.parameter("W", heads, dim, dim)
+    beta = cem.scalar("beta", default=dim**-0.5, positive=True)
+    score = Sum(h[i] * W[a, i, j] * x[s, j], i, j)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def diagonal_twin():
+    h, x, lam = (
+        cem.state(heads * block),
+        cem.context(heads * block),
+        cem.parameter("lam", heads, block),
+    )
+    beta = cem.scalar("beta", default=1.0, positive=True)
+    score = Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def symmetric_twin():
+    Q, sigma = cem.parameter("Q", heads, rank, dim), cem.parameter("sigma", heads, rank)
+    score = Sum(sigma[a, r] * Sum(Q[a, r, i] * h[i], i) * Sum(Q[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def symmetrised_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    score = sum(
+        Sum(Sum(read[a, r, i] * h[i], i) * Sum(key[a, r, j] * x[s, j], j), r)
+        for read, key in ((Q, K), (K, Q))
+    )
+    return cem.Energy(-Sum(cem.logsumexp(beta * score / 2, s), a) / beta)
+
+
+def shared(factor):
+    Q, K = cem.parameter("Q", rank, dim), cem.parameter("K", rank, dim)
+    return Sum(factor * Sum(Q[r, i] * h[i], i) * Sum(K[r, j] * x[s, j], j), r)
+
+
+def collaborative_twin():
+    score = shared(cem.parameter("sigma", heads, rank)[a, r])
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def tempered_twin():
+    sharpness = beta * sympy.exp(cem.parameter("log_beta", heads)[a])
+    return cem.Energy(-Sum(cem.logsumexp(sharpness * shared(1), s) / sharpness, a))
+
+
 def grouped_twin():
-    h, x = cem.state(dim), cem.context(dim)
     Q = cem.parameter("Q", groups, per_group, rank, dim)
     K = cem.parameter("K", groups, rank, dim)
-    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
-    i, j, r, s = dim.index("i"), dim.index("j"), rank.index("r"), x.index("s")
     g, o = groups.index("g"), per_group.index("o")
     score = Sum(Sum(Q[g, o, r, i] * h[i], i) * Sum(K[g, r, j] * x[s, j], j), r)
     return cem.Energy(-Sum(cem.logsumexp(beta * score, s), g, o) / beta)
@@ -98,6 +150,12 @@ TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
     "diagonal_plus_low_rank_full": full_twin(),
+    "dense_interaction": dense_twin(),
+    "diagonal_interaction": diagonal_twin(),
+    "symmetric_interaction": symmetric_twin(),
+    "symmetrised_interaction": symmetrised_twin(),
+    "collaborative_interaction": collaborative_twin(),
+    "tempered_interaction": tempered_twin(),
     "grouped_interaction": grouped_twin(),
     "gated": gated_twin(F.silu),
     "gated_silu": gated_twin(F.silu),
