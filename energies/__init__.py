@@ -8,6 +8,12 @@ from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated
 from .grouped_interaction import grouped_interaction
 from .interaction import interaction
 from .memory import memory
+from .mixture_of_experts import (
+    mixture_of_experts,
+    mixture_of_experts_by,
+    mixture_of_experts_relu,
+    mixture_of_experts_silu,
+)
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .structured_interaction import (
     collaborative_interaction,
@@ -30,9 +36,6 @@ __all__ = [
     "collaborative_interaction",
     "dense_interaction",
     "diagonal_interaction",
-    "symmetric_interaction",
-    "symmetrised_interaction",
-    "tempered_interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
     "gated",
@@ -44,12 +47,19 @@ __all__ = [
     "grouped_interaction",
     "interaction",
     "memory",
+    "mixture_of_experts",
+    "mixture_of_experts_by",
+    "mixture_of_experts_relu",
+    "mixture_of_experts_silu",
     "plain",
     "plain_by",
     "plain_gelu",
     "plain_relu",
     "plain_silu",
     "plain_softplus",
+    "symmetric_interaction",
+    "symmetrised_interaction",
+    "tempered_interaction",
     "two_sided_gated",
     "two_sided_gated_by",
     "two_sided_gated_gelu",

@@ -26,6 +26,8 @@ CONCRETE = {
     "block": 2,
     "groups": 2,
     "per_group": 2,
+    "experts": 2,
+    "signal": 2,
 }
 
 

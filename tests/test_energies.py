@@ -17,7 +17,16 @@ GALLERY = {
     for name in energies.__all__
     if isinstance(found := getattr(energies, name), cem.Energy)
 }
-SIZES = {"dim": 12, "heads": 2, "rank": 5, "hidden": 7, "groups": 2, "per_group": 3}
+SIZES = {
+    "dim": 12,
+    "heads": 2,
+    "rank": 5,
+    "hidden": 7,
+    "groups": 2,
+    "per_group": 3,
+    "experts": 3,
+    "signal": 8,
+}
 
 
 def test_every_energy_has_a_twin():
@@ -46,6 +55,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "mixture_of_experts_relu",
     "dense_interaction",
     "diagonal_interaction",
     "symmetric_interaction",
@@ -230,4 +240,23 @@ def test_heads_with_one_temperature_each():
             ~torch.ones(len(h), len(h)).bool().tril(), -torch.inf
         )
         expected = expected + scores.softmax(-1) @ h @ layer.K.mT @ layer.Q
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1.0, 1e3])
+def test_the_mixture_is_a_soft_minimum_of_the_energies_of_its_experts(beta):
+    layer, h = derive(energies.mixture_of_experts_relu, beta=beta)
+    experts = []
+    for U, G in zip(layer.U, layer.G, strict=True):
+        expert, _ = derive(energies.gated_relu)
+        expert.load_state_dict({"U": U, "G": G})
+        experts.append(expert)
+    each = torch.stack([expert.energy(h) for expert in experts])  # (experts, T)
+    lowest = each.amin(0)
+    found = layer.energy(h)
+    assert (found <= lowest + 1e-12).all()
+    assert (found >= lowest - torch.tensor(len(each)).log() / beta - 1e-12).all()
+    weights = torch.softmax(-beta * each, 0)  # (experts, T)
+    forces = torch.stack([expert(h) - h for expert in experts])
+    expected = h + torch.einsum("et,etd->td", weights, forces)
     torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)

@@ -146,6 +146,16 @@ def memory_twin():
     return cem.Energy(Sum(h[i] ** 2, i) / 2 - sympy.log(partition) / beta)
 
 
+def mixture_of_experts_twin(activation):
+    @cem.energy(h="dim", U="experts hidden dim", G="experts hidden dim")
+    def mixture_of_experts(h, *, U, G, beta=hidden**-0.5):
+        gate = activation(torch.einsum("emd,d->em", G, h.detach()))
+        value = 0.5 * (gate * torch.einsum("emd,d->em", U, h).square()).sum(-1)
+        return -torch.logsumexp(beta * value, dim=0) / beta
+
+    return mixture_of_experts
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -173,4 +183,7 @@ TWINS = {
     "plain_silu": plain_twin(cem.silu_antiderivative),
     "plain_softplus": plain_twin(cem.softplus_antiderivative),
     "memory": memory_twin(),
+    "mixture_of_experts": mixture_of_experts_twin(F.silu),
+    "mixture_of_experts_silu": mixture_of_experts_twin(F.silu),
+    "mixture_of_experts_relu": mixture_of_experts_twin(F.relu),
 }
