@@ -15,6 +15,7 @@ from .mixture_of_experts import (
     mixture_of_experts_silu,
 )
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
+from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .structured_interaction import (
     collaborative_interaction,
     dense_interaction,
@@ -57,6 +58,8 @@ __all__ = [
     "plain_relu",
     "plain_silu",
     "plain_softplus",
+    "polynomial_memory",
+    "polynomial_memory_by",
     "symmetric_interaction",
     "symmetrised_interaction",
     "tempered_interaction",

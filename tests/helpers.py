@@ -182,6 +182,7 @@ ENERGIES = [
     Case(energies.memory, ("matmul",)),
     Case(energies.mixture_of_experts_silu, ("einsum", "matmul")),
     Case(energies.mixture_of_experts_relu, ("einsum", "matmul")),
+    Case(energies.polynomial_memory, ("matmul",)),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

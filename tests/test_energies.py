@@ -55,6 +55,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "polynomial_memory",
     "mixture_of_experts_relu",
     "dense_interaction",
     "diagonal_interaction",
@@ -260,3 +261,17 @@ def test_the_mixture_is_a_soft_minimum_of_the_energies_of_its_experts(beta):
     forces = torch.stack([expert(h) - h for expert in experts])
     expected = h + torch.einsum("et,etd->td", weights, forces)
     torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_layer_of_a_polynomial_memory(n):
+    layer, h = derive(energies.polynomial_memory_by(n))
+    expected = h + torch.relu(h @ layer.U.mT) ** (n - 1) @ layer.U
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+    assert layer.energy_function.curvature == "concave"
+
+
+def test_a_polynomial_memory_has_a_degree_of_at_least_two():
+    assert energies.polynomial_memory_by(2, name="quadratic").name == "quadratic"
+    with pytest.raises(ValueError, match="degree of at least 2: got 1; type"):
+        energies.polynomial_memory_by(1)

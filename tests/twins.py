@@ -156,6 +156,11 @@ def mixture_of_experts_twin(activation):
     return mixture_of_experts
 
 
+@cem.energy(h="dim", U="hidden dim")
+def polynomial_memory_twin(h, *, U):
+    return -torch.relu(U @ h).pow(3).sum() / 3
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -186,4 +191,5 @@ TWINS = {
     "mixture_of_experts": mixture_of_experts_twin(F.silu),
     "mixture_of_experts_silu": mixture_of_experts_twin(F.silu),
     "mixture_of_experts_relu": mixture_of_experts_twin(F.relu),
+    "polynomial_memory": polynomial_memory_twin,
 }
