@@ -16,6 +16,7 @@ from .mixture_of_experts import (
 )
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
+from .quadratic_well import quadratic_well
 from .structured_interaction import (
     collaborative_interaction,
     dense_interaction,
@@ -60,6 +61,7 @@ __all__ = [
     "plain_softplus",
     "polynomial_memory",
     "polynomial_memory_by",
+    "quadratic_well",
     "symmetric_interaction",
     "symmetrised_interaction",
     "tempered_interaction",

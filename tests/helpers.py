@@ -183,6 +183,7 @@ ENERGIES = [
     Case(energies.mixture_of_experts_silu, ("einsum", "matmul")),
     Case(energies.mixture_of_experts_relu, ("einsum", "matmul")),
     Case(energies.polynomial_memory, ("matmul",)),
+    Case(energies.quadratic_well, ("matmul",)),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

@@ -73,7 +73,7 @@ CONCAVE = {
     "plain_relu",
     "plain_softplus",
 }
-CONVEX: set[str] = set()
+CONVEX = {"quadratic_well"}
 # A concave energy and a parabola of curvature 1: no rule says what it is, yet steps up to 2 descend.
 UNDER_A_PARABOLA = {"memory"}
 
@@ -168,6 +168,23 @@ def fall_of(name, step_size, **options):
 def test_steps_up_to_two_descend_under_a_parabola(name, step_size):
     fall, square = fall_of(name, step_size, beta=5.0)
     assert (fall >= (1 / step_size - 0.5) * square * (1 - 1e-9)).all() and (fall > 0).all()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.99])
+@pytest.mark.parametrize("name", sorted(CONVEX))
+def test_steps_up_to_two_over_the_curvature_descend(name, share):
+    """By at least (1 / step_size - L / 2) times the square of the step."""
+    layer, h = derive(GALLERY[name])
+    values = dict(layer.named_parameters())
+
+    def energy(z):
+        return layer.energy_function(z, frozen=h[0], **values)
+
+    hessian = torch.func.hessian(energy)(h[0]).detach()
+    largest = torch.linalg.eigvalsh(hessian).max().item()
+    fall, square = fall_of(name, 2 * share / largest)
+    assert (fall >= (1 - share) * largest / (2 * share) * square * (1 - 1e-9)).all()
+    assert (fall > 0).all()
 
 
 def test_memory_is_convex_for_near_patterns():

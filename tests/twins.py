@@ -161,6 +161,11 @@ def polynomial_memory_twin(h, *, U):
     return -torch.relu(U @ h).pow(3).sum() / 3
 
 
+def quadratic_well_twin():
+    W, b = cem.parameter("W", rank, dim), cem.parameter("b", dim)
+    return cem.Energy(Sum(Sum(W[r, i] * (h[i] - b[i]), i) ** 2, r) / 2)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -192,4 +197,5 @@ TWINS = {
     "mixture_of_experts_silu": mixture_of_experts_twin(F.silu),
     "mixture_of_experts_relu": mixture_of_experts_twin(F.relu),
     "polynomial_memory": polynomial_memory_twin,
+    "quadratic_well": quadratic_well_twin(),
 }
