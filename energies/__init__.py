@@ -17,6 +17,7 @@ from .mixture_of_experts import (
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
+from .sparse_coding import sparse_coding
 from .structured_interaction import (
     collaborative_interaction,
     dense_interaction,
@@ -62,6 +63,7 @@ __all__ = [
     "polynomial_memory",
     "polynomial_memory_by",
     "quadratic_well",
+    "sparse_coding",
     "symmetric_interaction",
     "symmetrised_interaction",
     "tempered_interaction",

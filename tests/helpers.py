@@ -184,6 +184,7 @@ ENERGIES = [
     Case(energies.mixture_of_experts_relu, ("einsum", "matmul")),
     Case(energies.polynomial_memory, ("matmul",)),
     Case(energies.quadratic_well, ("matmul",)),
+    Case(energies.sparse_coding, ("matmul",)),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

@@ -73,7 +73,7 @@ CONCAVE = {
     "plain_relu",
     "plain_softplus",
 }
-CONVEX = {"quadratic_well"}
+CONVEX = {"quadratic_well", "sparse_coding"}
 # A concave energy and a parabola of curvature 1: no rule says what it is, yet steps up to 2 descend.
 UNDER_A_PARABOLA = {"memory"}
 
@@ -292,3 +292,13 @@ def test_a_polynomial_memory_has_a_degree_of_at_least_two():
     assert energies.polynomial_memory_by(2, name="quadratic").name == "quadratic"
     with pytest.raises(ValueError, match="degree of at least 2: got 1; type"):
         energies.polynomial_memory_by(1)
+
+
+def test_the_step_of_sparse_coding_is_that_of_shrinkage_thresholding():
+    """Before its threshold: (1 - eta D^T D) h + eta D^T y, with one signal for all steps."""
+    layer, h = derive(energies.sparse_coding, steps=3, update=cem.GradientDescent(0.1))
+    D, signal = layer.D, h @ layer.A.mT
+    expected = h
+    for _ in range(3):
+        expected = expected - 0.1 * expected @ D.mT @ D + 0.1 * signal @ D
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)

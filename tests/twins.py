@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import cem
 
-dim, heads, rank, hidden, block, groups, per_group = cem.dims(
-    "dim heads rank hidden block groups per_group"
+dim, heads, rank, hidden, block, groups, per_group, signal = cem.dims(
+    "dim heads rank hidden block groups per_group signal"
 )
 
 
@@ -166,6 +166,13 @@ def quadratic_well_twin():
     return cem.Energy(Sum(Sum(W[r, i] * (h[i] - b[i]), i) ** 2, r) / 2)
 
 
+def sparse_coding_twin():
+    D, A = cem.parameter("D", signal, dim), cem.parameter("A", signal, dim)
+    c = signal.index("c")
+    missing = Sum(A[c, i] * cem.frozen(h)[i], i) - Sum(D[c, i] * h[i], i)
+    return cem.Energy(Sum(missing**2, c) / 2)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -198,4 +205,5 @@ TWINS = {
     "mixture_of_experts_relu": mixture_of_experts_twin(F.relu),
     "polynomial_memory": polynomial_memory_twin,
     "quadratic_well": quadratic_well_twin(),
+    "sparse_coding": sparse_coding_twin(),
 }
