@@ -6,7 +6,7 @@ Legend: B batch, T tokens, S context tokens, D dim. Sizes differ, so that a tran
 from dataclasses import dataclass
 
 import torch
-from sympy import Sum, exp, log, tanh
+from sympy import Add, Sum, exp, log, tanh
 
 import cem
 from cem import energies
@@ -149,6 +149,12 @@ class Case:
         return {name: tensor.to(device, dtype) for name, tensor in found.items()}
 
     @property
+    def only_context(self):
+        """Whether a token that sees nothing stays where it is: every term reads the context."""
+        terms = Add.make_args(self.energy.expression)
+        return all(term.has(cem.language.symbols.Context) for term in terms)
+
+    @property
     def needs_context(self):
         """Whether the context has another width than the state, so that it cannot be the state."""
         return self.has_context and self.energy.context.shape[1] != self.energy.width
@@ -185,6 +191,7 @@ ENERGIES = [
     Case(energies.polynomial_memory, ("matmul",)),
     Case(energies.quadratic_well, ("matmul",)),
     Case(energies.sparse_coding, ("matmul",)),
+    Case(energies.parallel_block, SDPA),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

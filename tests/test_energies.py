@@ -302,3 +302,13 @@ def test_the_step_of_sparse_coding_is_that_of_shrinkage_thresholding():
     for _ in range(3):
         expected = expected - 0.1 * expected @ D.mT @ D + 0.1 * signal @ D
     torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parallel_block_moves_along_both_forces():
+    layer, h = derive(energies.parallel_block)
+    moved = h.clone()
+    for name, own in (("interaction", ("Q", "K")), ("gated", ("U", "G"))):
+        part, _ = derive(GALLERY[name])
+        part.load_state_dict({key: getattr(layer, key) for key in own})
+        moved = moved + part(h) - h
+    torch.testing.assert_close(layer(h), moved, rtol=1e-12, atol=1e-12)

@@ -173,6 +173,20 @@ def sparse_coding_twin():
     return cem.Energy(Sum(missing**2, c) / 2)
 
 
+@cem.energy(
+    h="dim",
+    x="seq dim",
+    Q="heads rank dim",
+    K="heads rank dim",
+    U="hidden dim",
+    G="hidden dim",
+)
+def parallel_block_twin(h, x, *, Q, K, U, G, beta=rank**-0.5):
+    score = torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    attention = -torch.logsumexp(beta * score, dim=-1).sum() / beta
+    return attention - 0.5 * (F.silu(G @ h.detach()) * (U @ h).square()).sum()
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -206,4 +220,5 @@ TWINS = {
     "polynomial_memory": polynomial_memory_twin,
     "quadratic_well": quadratic_well_twin(),
     "sparse_coding": sparse_coding_twin(),
+    "parallel_block": parallel_block_twin,
 }
