@@ -14,6 +14,7 @@ from .mixture_of_experts import (
     mixture_of_experts_relu,
     mixture_of_experts_silu,
 )
+from .normalised_interaction import normalised_interaction
 from .parallel_block import parallel_block
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
@@ -55,6 +56,7 @@ __all__ = [
     "mixture_of_experts_by",
     "mixture_of_experts_relu",
     "mixture_of_experts_silu",
+    "normalised_interaction",
     "parallel_block",
     "plain",
     "plain_by",

@@ -192,6 +192,7 @@ ENERGIES = [
     Case(energies.quadratic_well, ("matmul",)),
     Case(energies.sparse_coding, ("matmul",)),
     Case(energies.parallel_block, SDPA),
+    Case(energies.normalised_interaction, ("dense_softmax", "einsum", "matmul", "sdpa")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

@@ -312,3 +312,25 @@ def test_a_parallel_block_moves_along_both_forces():
         part.load_state_dict({key: getattr(layer, key) for key in own})
         moved = moved + part(h) - h
     torch.testing.assert_close(layer(h), moved, rtol=1e-12, atol=1e-12)
+
+
+def causal_softmax(scores):
+    """Weights of (..., T, T) scores of which a token sees its past and itself."""
+    past = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~past, -torch.inf).softmax(-1)
+
+
+def test_the_layer_of_normalised_queries_and_keys():
+    """The force is orthogonal to the query, and a query twice as long moves half as far."""
+    layer, h = derive(energies.normalised_interaction)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    u, v = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
+    sharpness = layer.scalars["beta"] * layer.log_beta.exp()[:, None, None]
+    mean = causal_softmax(sharpness * u @ v.mT) @ v
+    across = mean - (mean * u).sum(-1, keepdim=True) * u
+    expected = h + (across / q.norm(dim=-1, keepdim=True) @ layer.Q).sum(0)
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layer(2 * h, context=h) - 2 * h, (layer(h) - h) / 2, rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(layer.energy(2 * h, context=h), layer.energy(h))

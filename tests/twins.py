@@ -187,6 +187,16 @@ def parallel_block_twin(h, x, *, Q, K, U, G, beta=rank**-0.5):
     return attention - 0.5 * (F.silu(G @ h.detach()) * (U @ h).square()).sum()
 
 
+def normalised_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    log_beta = cem.parameter("log_beta", heads)
+    beta = cem.scalar("beta", default=rank**0.5, positive=True)
+    q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
+    lengths = sympy.sqrt(Sum(q**2, r)) * sympy.sqrt(Sum(k**2, r))
+    sharpness = beta * sympy.exp(log_beta[a])
+    return cem.Energy(-Sum(cem.logsumexp(sharpness * Sum(q * k, r) / lengths, s) / sharpness, a))
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -221,4 +231,5 @@ TWINS = {
     "quadratic_well": quadratic_well_twin(),
     "sparse_coding": sparse_coding_twin(),
     "parallel_block": parallel_block_twin,
+    "normalised_interaction": normalised_twin(),
 }
