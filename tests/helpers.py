@@ -193,6 +193,7 @@ ENERGIES = [
     Case(energies.sparse_coding, ("matmul",)),
     Case(energies.parallel_block, SDPA),
     Case(energies.normalised_interaction, ("dense_softmax", "einsum", "matmul", "sdpa")),
+    Case(energies.soft_capped_interaction, DENSE),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

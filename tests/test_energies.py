@@ -334,3 +334,19 @@ def test_the_layer_of_normalised_queries_and_keys():
         layer(2 * h, context=h) - 2 * h, (layer(h) - h) / 2, rtol=1e-12, atol=1e-12
     )
     torch.testing.assert_close(layer.energy(2 * h, context=h), layer.energy(h))
+
+
+def test_the_layer_of_capped_scores():
+    layer, h = derive(energies.soft_capped_interaction, cap=0.5)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    capped = torch.tanh(layer.scalars["beta"] * q @ k.mT / 0.5)
+    weights = causal_softmax(0.5 * capped) * (1 - capped.square())
+    expected = h + (weights @ k @ layer.Q).sum(0)
+    torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_high_cap_is_no_cap():
+    layer, h = derive(energies.soft_capped_interaction, cap=1e8)
+    plain, _ = derive(energies.interaction)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(h), plain(h), rtol=1e-10, atol=1e-10)

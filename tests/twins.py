@@ -197,6 +197,13 @@ def normalised_twin():
     return cem.Energy(-Sum(cem.logsumexp(sharpness * Sum(q * k, r) / lengths, s) / sharpness, a))
 
 
+def soft_capped_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    cap = cem.scalar("cap", default=50.0, positive=True)
+    score = beta * Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -232,4 +239,5 @@ TWINS = {
     "sparse_coding": sparse_coding_twin(),
     "parallel_block": parallel_block_twin,
     "normalised_interaction": normalised_twin(),
+    "soft_capped_interaction": soft_capped_twin(),
 }
