@@ -29,6 +29,7 @@ from .structured_interaction import (
     symmetrised_interaction,
     tempered_interaction,
 )
+from .subspace_compression import subspace_compression
 from .two_sided_gated import (
     two_sided_gated,
     two_sided_gated_by,
@@ -70,6 +71,7 @@ __all__ = [
     "quadratic_well",
     "soft_capped_interaction",
     "sparse_coding",
+    "subspace_compression",
     "symmetric_interaction",
     "symmetrised_interaction",
     "tempered_interaction",

@@ -55,6 +55,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "subspace_compression",
     "polynomial_memory",
     "mixture_of_experts_relu",
     "dense_interaction",
@@ -350,3 +351,19 @@ def test_a_high_cap_is_no_cap():
     plain, _ = derive(energies.interaction)
     plain.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(h), plain(h), rtol=1e-10, atol=1e-10)
+
+
+def test_subspace_compression_is_the_operator_of_its_page():
+    """Also with the term along the state, and as a point of the symmetric interaction."""
+    layer, h = derive(energies.subspace_compression, update=cem.GradientDescent(0.3))
+    own = h @ layer.U.mT  # (H, T, R)
+    attended = (causal_softmax(layer.scalars["beta"] * own @ own.mT) @ own @ layer.U).sum(0)
+    torch.testing.assert_close(layer(h), h + 0.3 * attended, rtol=1e-12, atol=1e-12)
+    i = energies.subspace_compression.state.index("i")
+    parabola = cem.Energy(Sum(energies.subspace_compression.state[i] ** 2, i) / 2)
+    shrunk, _ = derive(energies.subspace_compression + parabola, update=cem.GradientDescent(0.3))
+    shrunk.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(shrunk(h), 0.7 * h + 0.3 * attended, rtol=1e-12, atol=1e-12)
+    same, _ = derive(energies.symmetric_interaction, update=cem.GradientDescent(0.3))
+    same.load_state_dict({"Q": layer.U, "sigma": torch.ones_like(same.sigma)})
+    torch.testing.assert_close(layer(h), same(h), rtol=1e-12, atol=1e-12)

@@ -204,6 +204,12 @@ def soft_capped_twin():
     return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
 
 
+def subspace_compression_twin():
+    U = cem.parameter("U", heads, rank, dim)
+    score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -240,4 +246,5 @@ TWINS = {
     "parallel_block": parallel_block_twin,
     "normalised_interaction": normalised_twin(),
     "soft_capped_interaction": soft_capped_twin(),
+    "subspace_compression": subspace_compression_twin(),
 }
