@@ -21,6 +21,7 @@ from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
+from .sparsification import sparsification
 from .structured_interaction import (
     collaborative_interaction,
     dense_interaction,
@@ -71,6 +72,7 @@ __all__ = [
     "quadratic_well",
     "soft_capped_interaction",
     "sparse_coding",
+    "sparsification",
     "subspace_compression",
     "symmetric_interaction",
     "symmetrised_interaction",

@@ -11,9 +11,9 @@ sigma = 1 and the interaction energy at Q = K.
 The force is the subspace attention operator MSSA of CRATE to the letter, as long as the context is
 held fixed, also where the context token is the state itself. What CRATE has beside it:
 
-* its operator is said to be an approximate gradient step on the coding rate sum_a log det(1 + c
-  (U_a Z)(U_a Z)^T) of all tokens together, whose inverse matrix is expanded to first order and then
-  replaced by a softmax. Of that rate it is not the gradient; of E it is, exactly;
+* its operator is an approximate gradient step on the coding rate of all tokens together, up to
+  constants sum_a log det(1 + (U_a Z)(U_a Z)^T), whose inverse matrix is expanded to first order and
+  then replaced by a softmax. Of that rate it is not the gradient; of E it is, exactly;
 * the expansion leaves a term along the state, (1 - k) h + k MSSA(h): a step of size k on E + |h|^2 / 2;
 * in training the transpose that writes becomes a matrix (and a bias) of its own, and then it is
   no gradient in h; LayerNorm stands in front, and nothing is masked.

@@ -195,6 +195,7 @@ ENERGIES = [
     Case(energies.normalised_interaction, ("dense_softmax", "einsum", "matmul", "sdpa")),
     Case(energies.soft_capped_interaction, DENSE),
     Case(energies.subspace_compression, SDPA),
+    Case(energies.sparsification, ("matmul",)),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

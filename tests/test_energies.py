@@ -74,7 +74,7 @@ CONCAVE = {
     "plain_relu",
     "plain_softplus",
 }
-CONVEX = {"quadratic_well", "sparse_coding"}
+CONVEX = {"quadratic_well", "sparse_coding", "sparsification"}
 # A concave energy and a parabola of curvature 1: no rule says what it is, yet steps up to 2 descend.
 UNDER_A_PARABOLA = {"memory"}
 

@@ -210,6 +210,12 @@ def subspace_compression_twin():
     return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
 
 
+def sparsification_twin():
+    D = cem.parameter("D", dim, dim)
+    missing = cem.frozen(h)[j] - Sum(D[j, i] * h[i], i)
+    return cem.Energy(Sum(missing**2, j) / 2)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -247,4 +253,5 @@ TWINS = {
     "normalised_interaction": normalised_twin(),
     "soft_capped_interaction": soft_capped_twin(),
     "subspace_compression": subspace_compression_twin(),
+    "sparsification": sparsification_twin(),
 }
