@@ -22,6 +22,7 @@ from .quadratic_well import quadratic_well
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
 from .sparsification import sparsification
+from .squared_interaction import squared_interaction
 from .structured_interaction import (
     collaborative_interaction,
     dense_interaction,
@@ -73,6 +74,7 @@ __all__ = [
     "soft_capped_interaction",
     "sparse_coding",
     "sparsification",
+    "squared_interaction",
     "subspace_compression",
     "symmetric_interaction",
     "symmetrised_interaction",

@@ -196,6 +196,7 @@ ENERGIES = [
     Case(energies.soft_capped_interaction, DENSE),
     Case(energies.subspace_compression, SDPA),
     Case(energies.sparsification, ("matmul",)),
+    Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),

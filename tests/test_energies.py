@@ -55,6 +55,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "squared_interaction",
     "subspace_compression",
     "polynomial_memory",
     "mixture_of_experts_relu",
@@ -367,3 +368,11 @@ def test_subspace_compression_is_the_operator_of_its_page():
     same, _ = derive(energies.symmetric_interaction, update=cem.GradientDescent(0.3))
     same.load_state_dict({"Q": layer.U, "sigma": torch.ones_like(same.sigma)})
     torch.testing.assert_close(layer(h), same(h), rtol=1e-12, atol=1e-12)
+
+
+def test_the_squared_interaction_knows_its_past_by_one_matrix_a_head():
+    layer, h = derive(energies.squared_interaction)
+    k = h @ layer.K.mT  # (H, T, R)
+    past = torch.einsum("atr,atq->atrq", k, k).cumsum(1)
+    force = torch.einsum("atrq,atq->atr", past, h @ layer.Q.mT) @ layer.Q
+    torch.testing.assert_close(layer(h), h + force.sum(0), rtol=1e-12, atol=1e-12)

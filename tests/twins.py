@@ -216,6 +216,12 @@ def sparsification_twin():
     return cem.Energy(Sum(missing**2, j) / 2)
 
 
+def squared_interaction_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(score**2, a, s) / 2)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -254,4 +260,5 @@ TWINS = {
     "soft_capped_interaction": soft_capped_twin(),
     "subspace_compression": subspace_compression_twin(),
     "sparsification": sparsification_twin(),
+    "squared_interaction": squared_interaction_twin(),
 }
