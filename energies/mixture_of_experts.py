@@ -1,4 +1,4 @@
-"""Mixture-of-experts energy: the router is not a matrix, it is the softmax of what the experts know.
+"""Mixture-of-experts energy: the router is no matrix, it is the softmax of the experts.
 
     E(h)   = -(1/beta) log sum_e exp(beta v_e),    v_e = 1/2 sum_m g(G_em . c) (U_em . h)^2
     -dE/dh = sum_e p_e U_e^T ( g(G_e c) * U_e h ),    p = softmax_e(beta v_e),    c = frozen(h)

@@ -1,6 +1,7 @@
 """Parallel block: attention and a gated MLP in one step, because their energies are added.
 
-    E(h | x) = -(1/beta) sum_a log sum_{s in V} exp(beta q_a . k_as) - 1/2 sum_m g(G_m . c) (U_m . h)^2
+    E(h | x) = -(1/beta) sum_a log sum_{s in V} exp(beta q_a . k_as)
+               - 1/2 sum_m g(G_m . c) (U_m . h)^2
     -dE/dh   = sum_a Q_a^T sum_{s in V} p_as K_a x_s + U^T ( g(G c) * U h ),    c = frozen(h)
 
 Q, K: (heads, rank, dim); U, G: (hidden, dim); g is silu; beta > 0, by default 1/sqrt(rank). The

@@ -23,7 +23,7 @@ a norm (``cem.derive(..., norm=torch.nn.RMSNorm)``), which keeps it on a sphere.
 >>> polynomial_memory_by(1)
 Traceback (most recent call last):
     ...
-ValueError: `polynomial_memory_by` takes a degree of at least 2: got 1; type `polynomial_memory_by(3)`
+ValueError: `polynomial_memory_by` takes a degree of at least 2: got 1; type ...
 
 Source: Krotov and Hopfield, Dense Associative Memory for Pattern Recognition, arXiv:1606.01164,
 whose rectified polynomial lacks our 1/n and whose state is binary; the squared relu is the

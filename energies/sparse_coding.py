@@ -1,4 +1,4 @@
-"""Sparse coding energy: the state is a code, and a dictionary turns it into the signal of its token.
+"""Sparse coding energy: the state is a code from which a dictionary rebuilds a signal.
 
     E(h)   = 1/2 |y - D h|^2,    y = A c,    c = frozen(h)
     -dE/dh = D^T ( y - D h )

@@ -1,4 +1,4 @@
-"""Sparsification: the token is written in a complete dictionary, whose atoms it should use sparingly.
+"""Sparsification: the token is written in a complete dictionary, with few of its atoms.
 
     E(h)   = 1/2 |c - D h|^2,    c = frozen(h)
     -dE/dh = D^T ( c - D h )

@@ -1,4 +1,4 @@
-"""Squared interaction: the score enters squared instead of exponentiated, which is linear attention.
+"""Squared interaction: the score enters squared, not exponentiated, which makes attention linear.
 
     E(h | x) = -1/2 sum_a sum_{s in V} (q_a . k_as)^2,    q_a = Q_a h,  k_as = K_a x_s
     -dE/dh   = sum_a Q_a^T M_a Q_a h,    M_a = sum_{s in V} k_as k_as^T

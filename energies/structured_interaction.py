@@ -5,15 +5,15 @@
 
 Every structure of W_a is one expression, and the force is W_a times an average of the context:
 
-    energy                         W_a                                 numbers        beta_a
-    ``dense_interaction``          any                                 H D D          beta
-    ``interaction``                Q_a^T K_a                           2 H R D        beta
-    ``diagonal_interaction``       diag(lam_a) on the slice of a       D              beta
-    ``diagonal_plus_low_rank``     diag(lam_a) + Q_a^T K_a             2 H R D + D    beta
-    ``symmetric_interaction``      Q_a^T diag(sigma_a) Q_a             H R D + H R    beta
-    ``symmetrised_interaction``    (Q_a^T K_a + K_a^T Q_a) / 2         2 H R D        beta
-    ``collaborative_interaction``  Q^T diag(sigma_a) K                 2 R D + H R    beta
-    ``tempered_interaction``       Q^T K                               2 R D + H      beta exp(log_beta_a)
+    energy                       W_a                             numbers      beta_a
+    dense_interaction            any                             H D D        beta
+    interaction                  Q_a^T K_a                       2 H R D      beta
+    diagonal_interaction         diag(lam_a) on a slice          D            beta
+    diagonal_plus_low_rank       diag(lam_a) + Q_a^T K_a         2 H R D + D  beta
+    symmetric_interaction        Q_a^T diag(sigma_a) Q_a         H R D + H R  beta
+    symmetrised_interaction      (Q_a^T K_a + K_a^T Q_a) / 2     2 H R D      beta
+    collaborative_interaction    Q^T diag(sigma_a) K             2 R D + H R  beta
+    tempered_interaction         Q^T K                           2 R D + H    beta exp(log_beta_a)
 
 H heads, R rank, D dim. W: (heads, dim, dim); Q, K: (heads, rank, dim), without the heads where they
 share one; lam: (heads, block) with dim = heads * block; sigma: (heads, rank); log_beta: (heads,).
@@ -21,8 +21,8 @@ beta > 0 is 1/sqrt(rank) by default, 1/sqrt(dim) for the dense matrix and 1 for 
 
 * symmetric: a token sees in another what the other sees in it, with one matrix that reads, keys
   and writes. Where sigma >= 0 the token is drawn to what is like it, where sigma < 0 away from it.
-* symmetrised: Q_a^T K_a without its skew part (Q_a^T K_a - K_a^T Q_a) / 2. The query is [Q h ; K h],
-  the key [K x ; Q x], of twice the width.
+* symmetrised: Q_a^T K_a without its skew part (Q_a^T K_a - K_a^T Q_a) / 2. The query is
+  [Q h ; K h], the key [K x ; Q x], of twice the width.
 * diagonal: lam starts at zero, so the layer starts as the identity.
 * tempered: heads differ in how sharply they look. The sign of a temperature is known, because its
   logarithm is the parameter.

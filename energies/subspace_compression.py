@@ -14,7 +14,8 @@ held fixed, also where the context token is the state itself. What CRATE has bes
 * its operator is an approximate gradient step on the coding rate of all tokens together, up to
   constants sum_a log det(1 + (U_a Z)(U_a Z)^T), whose inverse matrix is expanded to first order and
   then replaced by a softmax. Of that rate it is not the gradient; of E it is, exactly;
-* the expansion leaves a term along the state, (1 - k) h + k MSSA(h): a step of size k on E + |h|^2 / 2;
+* the expansion leaves a term along the state, (1 - k) h + k MSSA(h): a step of size k on
+  E + |h|^2 / 2;
 * in training the transpose that writes becomes a matrix (and a bias) of its own, and then it is
   no gradient in h; LayerNorm stands in front, and nothing is masked.
 

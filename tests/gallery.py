@@ -1,4 +1,4 @@
-"""Every energy of the gallery written a second time, in the pen that the gallery did not use."""
+"""Every energy of the gallery: its layer at small sizes, and its twin in the pen it does not use."""
 
 import sympy
 import torch
@@ -6,6 +6,23 @@ from sympy import Sum
 from torch.nn import functional as F
 
 import cem
+from cem import energies
+
+GALLERY = {
+    name: found
+    for name in energies.__all__
+    if isinstance(found := getattr(energies, name), cem.Energy)
+}
+SIZES = {
+    "dim": 12,
+    "heads": 2,
+    "rank": 5,
+    "hidden": 7,
+    "groups": 2,
+    "per_group": 3,
+    "experts": 3,
+    "signal": 8,
+}
 
 dim, heads, rank, hidden, block, groups, per_group, signal = cem.dims(
     "dim heads rank hidden block groups per_group signal"
@@ -262,3 +279,16 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
 }
+
+
+def derive(energy, **options):
+    """The layer at small odd sizes in float64, with every parameter drawn, and states for it."""
+    known = {"dim", *map(str, energy.dims)}
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    layer = cem.derive(energy, dtype=torch.float64, **sizes, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    h = torch.randn(7, SIZES["dim"], dtype=torch.float64, generator=generator)  # (T, D)
+    return layer, h
