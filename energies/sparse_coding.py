@@ -3,7 +3,7 @@
     E(h)   = 1/2 |y - D h|^2,    y = A c,    c = frozen(h)
     -dE/dh = D^T ( y - D h )
 
-D: (signal, dim), the dictionary, one atom a column; A: (signal, dim) reads the signal y that the
+D: (features, dim), the dictionary, one atom a column; A: (features, dim) reads the signal y that the
 code has to explain from the token as it was at the input of the layer. With ``refresh="layer"``,
 the default, y stays while the code moves, however many steps are taken.
 
@@ -16,13 +16,13 @@ A step is (1 - eta D^T D) h + eta D^T A c: one matrix for the code, one for the 
 learned shrinkage-thresholding, but both made of D and A.
 
 Convex in h with the constant Hessian D^T D: a step size up to 2/L descends, L = |D|_2^2. Started at
-standard deviation 1/sqrt(dim), L is about (1 + sqrt(signal/dim))^2, so 4 for a square dictionary:
+standard deviation 1/sqrt(dim), L is about (1 + sqrt(features/dim))^2, so 4 for a square dictionary:
 the default step size 1 is too large for it, 1/4 is not.
 
 >>> import cem
 >>> from cem.energies import sparse_coding
 >>> step = cem.GradientDescent(0.25)
->>> cem.derive(sparse_coding, dim=16, signal=8, steps=3, update=step).lowering.kernels
+>>> cem.derive(sparse_coding, dim=16, features=8, steps=3, update=step).lowering.kernels
 ('matmul',)
 >>> sparse_coding.curvature
 'convex'
@@ -37,7 +37,7 @@ import torch
 import cem
 
 
-@cem.energy(h="dim", D="signal dim", A="signal dim")
+@cem.energy(h="dim", D="features dim", A="features dim")
 def sparse_coding(h, *, D, A):
     """E = 1/2 |A c - D h|^2, c = frozen(h)."""
     signal = torch.mv(A, h.detach())

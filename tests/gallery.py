@@ -21,11 +21,11 @@ SIZES = {
     "groups": 2,
     "per_group": 3,
     "experts": 3,
-    "signal": 8,
+    "features": 8,
 }
 
-dim, heads, rank, hidden, block, groups, per_group, signal = cem.dims(
-    "dim heads rank hidden block groups per_group signal"
+dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
+    "dim heads rank hidden block groups per_group features"
 )
 
 
@@ -184,10 +184,10 @@ def quadratic_well_twin():
 
 
 def sparse_coding_twin():
-    D, A = cem.parameter("D", signal, dim), cem.parameter("A", signal, dim)
-    c = signal.index("c")
-    missing = Sum(A[c, i] * cem.frozen(h)[i], i) - Sum(D[c, i] * h[i], i)
-    return cem.Energy(Sum(missing**2, c) / 2)
+    D, A = cem.parameter("D", features, dim), cem.parameter("A", features, dim)
+    f = features.index("f")
+    missing = Sum(A[f, i] * cem.frozen(h)[i], i) - Sum(D[f, i] * h[i], i)
+    return cem.Energy(Sum(missing**2, f) / 2)
 
 
 @cem.energy(

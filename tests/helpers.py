@@ -22,7 +22,7 @@ SIZES = {
     "groups": 2,
     "per_group": 3,
     "experts": 4,
-    "signal": 8,
+    "features": 8,
     "wide": 8,
     "low": 3,
     "other": 4,

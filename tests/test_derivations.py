@@ -27,7 +27,7 @@ CONCRETE = {
     "groups": 2,
     "per_group": 2,
     "experts": 2,
-    "signal": 2,
+    "features": 2,
 }
 
 

@@ -3,6 +3,8 @@
 Legend: T tokens, D dim, H heads, R rank, M hidden.
 """
 
+import importlib
+
 import pytest
 import torch
 from gallery import GALLERY, TWINS, derive
@@ -190,3 +192,11 @@ def test_names():
     assert energies.gated_by(cem.silu, name="swiglu").name == "swiglu"
     with pytest.raises(ValueError, match="has no antiderivative among the words"):
         energies.plain_by(cem.gelu_tanh)
+
+
+def test_the_page_of_the_gallery_is_what_the_package_says():
+    page = importlib.import_module("cem.energies.__main__")
+    assert page.README.read_text("utf-8") == page.page(), "type `python -m cem.energies`"
+    assert {name for names in page.gallery().values() for name in names} == GALLERY.keys()
+    for name in GALLERY:
+        assert (page.README.parent / page.home(name)).exists()
