@@ -5,9 +5,33 @@ if __name__ != "cem.energies":
 
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
+from .grouped_interaction import grouped_interaction
 from .interaction import interaction
 from .memory import memory
+from .mixture_of_experts import (
+    mixture_of_experts,
+    mixture_of_experts_by,
+    mixture_of_experts_relu,
+    mixture_of_experts_silu,
+)
+from .normalised_interaction import normalised_interaction
+from .parallel_block import parallel_block
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
+from .polynomial_memory import polynomial_memory, polynomial_memory_by
+from .quadratic_well import quadratic_well
+from .soft_capped_interaction import soft_capped_interaction
+from .sparse_coding import sparse_coding
+from .sparsification import sparsification
+from .squared_interaction import squared_interaction
+from .structured_interaction import (
+    collaborative_interaction,
+    dense_interaction,
+    diagonal_interaction,
+    symmetric_interaction,
+    symmetrised_interaction,
+    tempered_interaction,
+)
+from .subspace_compression import subspace_compression
 from .two_sided_gated import (
     two_sided_gated,
     two_sided_gated_by,
@@ -18,6 +42,9 @@ from .two_sided_gated import (
 )
 
 __all__ = [
+    "collaborative_interaction",
+    "dense_interaction",
+    "diagonal_interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
     "gated",
@@ -26,14 +53,32 @@ __all__ = [
     "gated_relu",
     "gated_sigmoid",
     "gated_silu",
+    "grouped_interaction",
     "interaction",
     "memory",
+    "mixture_of_experts",
+    "mixture_of_experts_by",
+    "mixture_of_experts_relu",
+    "mixture_of_experts_silu",
+    "normalised_interaction",
+    "parallel_block",
     "plain",
     "plain_by",
     "plain_gelu",
     "plain_relu",
     "plain_silu",
     "plain_softplus",
+    "polynomial_memory",
+    "polynomial_memory_by",
+    "quadratic_well",
+    "soft_capped_interaction",
+    "sparse_coding",
+    "sparsification",
+    "squared_interaction",
+    "subspace_compression",
+    "symmetric_interaction",
+    "symmetrised_interaction",
+    "tempered_interaction",
     "two_sided_gated",
     "two_sided_gated_by",
     "two_sided_gated_gelu",

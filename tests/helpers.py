@@ -6,7 +6,7 @@ Legend: B batch, T tokens, S context tokens, D dim. Sizes differ, so that a tran
 from dataclasses import dataclass
 
 import torch
-from sympy import Sum, exp, log, tanh
+from sympy import Add, Sum, exp, log, tanh
 
 import cem
 from cem import energies
@@ -21,14 +21,14 @@ SIZES = {
     "hidden": 11,
     "groups": 2,
     "per_group": 3,
+    "experts": 4,
+    "features": 8,
     "wide": 8,
     "low": 3,
     "other": 4,
 }
 
-dim, heads, rank, hidden, groups, per_group, wide, low, other = cem.dims(
-    "dim heads rank hidden groups per_group wide low other"
-)
+dim, heads, rank, hidden, wide, low, other = cem.dims("dim heads rank hidden wide low other")
 h, x = cem.state(dim), cem.context(dim)
 c = cem.frozen(h)
 Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
@@ -76,16 +76,6 @@ quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, nam
 level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i), name="level")
 linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
 spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
-
-gq, gk = (
-    cem.parameter("Q", groups, per_group, rank, dim),
-    cem.parameter("K", groups, rank, dim),
-)
-g, o = groups.index("g"), per_group.index("o")
-grouped = cem.Energy(
-    -Sum(cem.logsumexp(beta * Sum(dot(gq, g, o, r) * key(gk, g, r), r), s), g, o) / beta,
-    name="grouped",
-)
 
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
@@ -159,6 +149,12 @@ class Case:
         return {name: tensor.to(device, dtype) for name, tensor in found.items()}
 
     @property
+    def only_context(self):
+        """Whether a token that sees nothing stays where it is: every term reads the context."""
+        terms = Add.make_args(self.energy.expression)
+        return all(term.has(cem.language.symbols.Context) for term in terms)
+
+    @property
     def needs_context(self):
         """Whether the context has another width than the state, so that it cannot be the state."""
         return self.has_context and self.energy.context.shape[1] != self.energy.width
@@ -170,9 +166,17 @@ ENERGIES = [
     Case(energies.interaction, SDPA),
     Case(energies.diagonal_plus_low_rank, SDPA),
     Case(energies.diagonal_plus_low_rank_full, ("einsum", *SDPA)),
+    Case(energies.grouped_interaction, SDPA),
+    Case(energies.dense_interaction, SDPA),
+    Case(energies.diagonal_interaction, ("sdpa",)),
+    Case(energies.symmetric_interaction, SDPA),
+    Case(energies.symmetrised_interaction, SDPA),
+    Case(energies.collaborative_interaction, ("einsum", *SDPA)),
+    Case(energies.tempered_interaction, SDPA),
     Case(energies.gated_silu, ("matmul",)),
     Case(energies.gated_gelu, ("matmul",)),
     Case(energies.gated_relu, ("matmul",)),
+    Case(energies.gated_sigmoid, ("matmul",)),
     Case(energies.two_sided_gated_silu, ("matmul",)),
     Case(energies.two_sided_gated_gelu, ("matmul",)),
     Case(energies.two_sided_gated_relu, ("matmul",)),
@@ -182,13 +186,23 @@ ENERGIES = [
     Case(energies.plain_silu, ("matmul",)),
     Case(energies.plain_softplus, ("matmul",)),
     Case(energies.memory, ("matmul",)),
+    Case(energies.mixture_of_experts_silu, ("einsum", "matmul")),
+    Case(energies.mixture_of_experts_relu, ("einsum", "matmul")),
+    Case(energies.polynomial_memory, ("matmul",)),
+    Case(energies.quadratic_well, ("matmul",)),
+    Case(energies.sparse_coding, ("matmul",)),
+    Case(energies.parallel_block, SDPA),
+    Case(energies.normalised_interaction, ("dense_softmax", "einsum", "matmul", "sdpa")),
+    Case(energies.soft_capped_interaction, DENSE),
+    Case(energies.subspace_compression, SDPA),
+    Case(energies.sparsification, ("matmul",)),
+    Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),
     Case(narrow_values, SDPA),
     Case(nonlinear_query, SDPA),
     Case(pair, SDPA),
-    Case(grouped, SDPA),
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),
     Case(soft_capped, DENSE),

@@ -36,6 +36,11 @@ EQUAL = {
         Sum(lam[a] * Q[a, r, i] * h[i], i, a),
     ),
     "order of sums": (Sum(W[i, j] * h[i] * w[j], i, j), Sum(W[i, j] * h[i] * w[j], j, i)),
+    "a matrix between": (
+        Sum(h[i] * W[i, j] * x[s, j], i, j, s),
+        Sum(h[z] * W[z, y] * x[s, y], y, z, s),
+    ),
+    "a quadratic form": (Sum(h[i] * W[i, j] * h[j], i, j), Sum(h[j] * W[j, i] * h[i], i, j)),
     "sums of sums": (Sum(w[i] + h[i], i), Sum(w[i], i) + Sum(h[j], j)),
     "a constant body": (Sum(beta, i), dim * beta),
     "log sum exp": (log(Sum(exp(up()), m)), cem.logsumexp(up(), m)),

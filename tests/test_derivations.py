@@ -1,6 +1,7 @@
 """The worked derivations hold, and their layers are what the pages say: kernels, matrices, ties."""
 
 import importlib
+import inspect
 import runpy
 import subprocess
 import sys
@@ -16,8 +17,27 @@ from cem import energies
 from cem.derivations import checks
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("weight_tied_attention", "gated_mlp", "diagonal_plus_low_rank", "memory")
-CONCRETE = {"dim": 3, "seq": 3, "heads": 2, "rank": 2, "hidden": 4, "block": 2}
+PAGES = (
+    "weight_tied_attention",
+    "gated_mlp",
+    "diagonal_plus_low_rank",
+    "memory",
+    "mixture_of_experts",
+    "ista",
+    "recursion",
+)
+CONCRETE = {
+    "dim": 3,
+    "seq": 3,
+    "heads": 2,
+    "rank": 2,
+    "hidden": 4,
+    "block": 2,
+    "groups": 2,
+    "per_group": 2,
+    "experts": 2,
+    "features": 2,
+}
 
 
 def page(name):
@@ -73,6 +93,13 @@ def test_page_runs_by_its_dotted_name():
             {"matmul", "sdpa"},
         ),
         ("memory", {"U": (17, 13)}, {"matmul"}),
+        ("mixture_of_experts", {"U": (3, 7, 13), "G": (3, 7, 13)}, {"einsum", "matmul"}),
+        ("ista", {"D": (5, 13), "A": (5, 13)}, {"matmul"}),
+        (
+            "recursion",
+            {"Q": (3, 5, 13), "K": (3, 5, 13), "U": (7, 13), "G": (7, 13)},
+            {"matmul", "sdpa"},
+        ),
     ],
 )
 def test_parameters_and_kernels(name, shapes, kernels):
@@ -81,6 +108,24 @@ def test_parameters_and_kernels(name, shapes, kernels):
     assert {key: tuple(value.shape) for key, value in layer.named_parameters()} == shapes
     assert layer.lowering.kind == "fused"
     assert set(layer.lowering.kernels) == kernels
+
+
+def test_the_pages_of_a_recursion_and_of_ista_compute_once_what_cannot_move():
+    for refresh, once in (("layer", True), ("step", False)):
+        lowering = page("recursion").layer(refresh=refresh).lowering
+        prepared, repeated = map(inspect.getsource, (lowering.prepare, lowering.gradient))
+        assert "F.linear(x" in prepared and "F.linear(x" not in repeated
+        assert ("F.silu" in prepared, "F.silu" in repeated) == (once, not once)
+    lowering = page("ista").layer(steps=3).lowering
+    prepared, repeated = map(inspect.getsource, (lowering.prepare, lowering.gradient))
+    assert "F.linear(frozen, A)" in prepared and "F.linear(frozen" not in repeated
+
+
+def test_the_shrinkage_of_ista_is_a_minimum():
+    v = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
+    h = page("ista").shrink(v, 0.5)
+    assert torch.equal(h == 0, v.abs() <= 0.5)
+    assert torch.equal((v - h)[h != 0], 0.5 * h.sign()[h != 0])
 
 
 def test_attention_is_torch_attention_with_tied_matrices():

@@ -231,6 +231,26 @@ def test_attention_with_logsumexp_under_autocast():
     assert_close(lse, exact[1], 2e-2)
 
 
+@pytest.mark.parametrize("order", [(0, 3, 1, 2), (0, 2, 1, 3), (3, 0, 1, 2)])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_any_layout(place, order):
+    """The kernels read rows, and look at no stride by themselves."""
+    inputs = draw(*[(2, 3, T, E)] * 3)
+    back = [order.index(axis) for axis in range(4)]
+    inputs[place] = inputs[place].permute(order).contiguous().permute(back)
+    straight = [t.contiguous().requires_grad_() for t in inputs]
+    other = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+    for kernel in (kernels.attention_with_logsumexp, kernels.transposed_attention):
+        found = [kernel(*leaves, None, True, SCALE) for leaves in (other, straight)]
+        found = [f if isinstance(f, tuple) else (f,) for f in found]
+        slopes = [
+            torch.autograd.grad([y.square().sum() for y in f], leaves)
+            for f, leaves in zip(found, (other, straight), strict=True)
+        ]
+        for a, b in zip((*found[0], *slopes[0]), (*found[1], *slopes[1]), strict=True):
+            assert_close(a, b, 1e-12)
+
+
 def test_the_second_derivative_of_attention():
     q, k, v = draw((1, 2, 3, 2), (1, 2, 3, 2), (1, 2, 3, 3))
     leaves = [t.requires_grad_() for t in (q, k, v)]

@@ -12,7 +12,18 @@ from functools import cache, lru_cache
 from sympy import Add, Basic, Dummy, Expr, Float, Idx, Indexed, Mul, Rational, Sum, Symbol, exp, log
 
 from .positions import Lookup, Rope
-from .symbols import SEQ, LogSumExp, NamedArray, Ravel, Softmax, size_of, spelling, split, total
+from .symbols import (
+    SEQ,
+    Frozen,
+    LogSumExp,
+    NamedArray,
+    Ravel,
+    Softmax,
+    State,
+    size_of,
+    split,
+    total,
+)
 from .tokens import TokenSum
 from .words import Activation, only, relu, step
 
@@ -196,8 +207,9 @@ class _Normaliser(_Renamer):
 
     def sum(self, body: Expr, indices: tuple[Idx, ...]) -> Expr:
         # The context first, so that what does not depend on it stays outside its averages; then the index that
-        # the fewest factors share, so that the order in which the sums were written does not matter.
-        left = set(indices)
+        # the fewest factors share. What an index stands beside decides a tie, the state first, so that neither
+        # its name nor the order in which the sums were written matters.
+        left = list(indices)
         while left:
             factors = [free_indices(factor) for factor in Mul.make_args(body)]
             idx = min(
@@ -205,7 +217,8 @@ class _Normaliser(_Renamer):
                 key=lambda idx: (
                     size_of(idx) != SEQ,
                     sum(idx in f for f in factors),
-                    spelling(idx),
+                    str(size_of(idx)),
+                    _places(body, idx),
                 ),
             )
             left.remove(idx)
@@ -246,6 +259,19 @@ class _Normaliser(_Renamer):
                     reduced = LogSumExp(reduced, limit[0])
                 return reduced
         return expression.func(*args)
+
+
+def _places(expression: Expr, idx: Idx) -> list[tuple[bool, str, list[int]]]:
+    """Where an index stands: in which tensors, and at which of their axes; those of the state come first."""
+    return sorted(
+        (
+            not isinstance(leaf.base, State | Frozen),
+            str(leaf.base.name),
+            [axis for axis, slot in enumerate(leaf.indices) if slot.has(idx)],
+        )
+        for leaf in expression.atoms(Indexed)
+        if leaf.has(idx)
+    )
 
 
 def exact(number: float) -> Expr:

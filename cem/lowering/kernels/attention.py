@@ -146,7 +146,7 @@ def transposed_attention(
 
     Args:
         q: queries (B, H, T, E).
-        k: keys (B, H, S, E).
+        k: keys (B, H, S, E); a divisor of H where heads share them.
         u: what the tokens hand out, (B, H, T, V).
         visible, causal, scale, bias: as in :func:`attention_with_logsumexp`.
 
@@ -160,6 +160,8 @@ def transposed_attention(
     Source: Energy Transformer (arXiv:2302.07253), the gradient of its attention energy.
     """
     q, k, u = one_dtype(q, k, u)
+    if k.shape[1] < q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     added = additive(visible, bias, q.dtype)
     if visible is not None:
         u = u.masked_fill(~visible.any(-1).unsqueeze(-1), 0.0)

@@ -97,8 +97,9 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _padded(t: Tensor, width: int) -> Tensor:
+    # The kernels read rows, and padding keeps the layout of its argument, which may be by columns.
     if t.shape[-1] < width:
-        return F.pad(t, (0, width - t.shape[-1]))
+        t = F.pad(t, (0, width - t.shape[-1]))
     return t if t.stride(-1) == 1 else t.contiguous()
 
 

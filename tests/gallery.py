@@ -1,0 +1,294 @@
+"""Every energy of the gallery: its layer at small sizes, and its twin in the pen it does not use."""
+
+import sympy
+import torch
+from sympy import Sum
+from torch.nn import functional as F
+
+import cem
+from cem import energies
+
+GALLERY = {
+    name: found
+    for name in energies.__all__
+    if isinstance(found := getattr(energies, name), cem.Energy)
+}
+SIZES = {
+    "dim": 12,
+    "heads": 2,
+    "rank": 5,
+    "hidden": 7,
+    "groups": 2,
+    "per_group": 3,
+    "experts": 3,
+    "features": 8,
+}
+
+dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
+    "dim heads rank hidden block groups per_group features"
+)
+
+
+# -- twins: torch pen of what the gallery writes in SymPy ----------------------------------------
+
+
+def gated_twin(activation):
+    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
+    def gated(h, *, U, G):
+        gate = activation(G @ h.detach())
+        return -0.5 * (gate * (U @ h).square()).sum()
+
+    return gated
+
+
+def two_sided_gated_twin(F):
+    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
+    def two_sided_gated(h, *, U, G):
+        return -(F(torch.einsum("md,d->m", G, h)) * torch.mv(U, h)).sum()
+
+    return two_sided_gated
+
+
+def plain_twin(F):
+    @cem.energy(h="dim", U="hidden dim")
+    def plain(h, *, U):
+        return -F(torch.nn.functional.linear(h, U)).sum()
+
+    return plain
+
+
+# -- twins: symbolic pen of what the gallery writes in torch -------------------------------------
+
+
+def attention_twin(h, x, *, diagonal=None):
+    """The interaction energy; ``diagonal(a, s)`` is a further term of its score."""
+    width = h.shape[0]
+    Q, K = cem.parameter("Q", heads, rank, width), cem.parameter("K", heads, rank, width)
+    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+    i, j, a, r, s = h.index("i"), h.index("j"), heads.index("a"), rank.index("r"), x.index("s")
+    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    if diagonal is not None:
+        score += diagonal(a, s)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def interaction_twin():
+    return attention_twin(cem.state(dim), cem.context(dim))
+
+
+def block_twin():
+    h, x = cem.state(heads * block), cem.context(heads * block)
+    lam, b = cem.parameter("lam", heads, block), block.index("b")
+
+    def diagonal(a, s):
+        return Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+
+    return attention_twin(h, x, diagonal=diagonal)
+
+
+def full_twin():
+    h, x = cem.state(dim), cem.context(dim)
+    lam, i = cem.parameter("lam", heads, dim), dim.index("i")
+    return attention_twin(h, x, diagonal=lambda a, s: Sum(lam[a, i] * h[i] * x[s, i], i))
+
+
+h, x = cem.state(dim), cem.context(dim)
+i, j, a, r, b, s = (
+    size.index(name) for size, name in zip((dim, dim, heads, rank, block, x), "ijarbs", strict=True)
+)
+beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+
+
+def dense_twin():
+    W = cem.parameter("W", heads, dim, dim)
+    beta = cem.scalar("beta", default=dim**-0.5, positive=True)
+    score = Sum(h[i] * W[a, i, j] * x[s, j], i, j)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def diagonal_twin():
+    h, x, lam = (
+        cem.state(heads * block),
+        cem.context(heads * block),
+        cem.parameter("lam", heads, block),
+    )
+    beta = cem.scalar("beta", default=1.0, positive=True)
+    score = Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def symmetric_twin():
+    Q, sigma = cem.parameter("Q", heads, rank, dim), cem.parameter("sigma", heads, rank)
+    score = Sum(sigma[a, r] * Sum(Q[a, r, i] * h[i], i) * Sum(Q[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def symmetrised_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    score = sum(
+        Sum(Sum(read[a, r, i] * h[i], i) * Sum(key[a, r, j] * x[s, j], j), r)
+        for read, key in ((Q, K), (K, Q))
+    )
+    return cem.Energy(-Sum(cem.logsumexp(beta * score / 2, s), a) / beta)
+
+
+def shared(factor):
+    Q, K = cem.parameter("Q", rank, dim), cem.parameter("K", rank, dim)
+    return Sum(factor * Sum(Q[r, i] * h[i], i) * Sum(K[r, j] * x[s, j], j), r)
+
+
+def collaborative_twin():
+    score = shared(cem.parameter("sigma", heads, rank)[a, r])
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def tempered_twin():
+    sharpness = beta * sympy.exp(cem.parameter("log_beta", heads)[a])
+    return cem.Energy(-Sum(cem.logsumexp(sharpness * shared(1), s) / sharpness, a))
+
+
+def grouped_twin():
+    Q = cem.parameter("Q", groups, per_group, rank, dim)
+    K = cem.parameter("K", groups, rank, dim)
+    g, o = groups.index("g"), per_group.index("o")
+    score = Sum(Sum(Q[g, o, r, i] * h[i], i) * Sum(K[g, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), g, o) / beta)
+
+
+def memory_twin():
+    h, U = cem.state(dim), cem.parameter("U", hidden, dim)
+    beta = cem.scalar("beta", default=dim**-0.5, positive=True)
+    i, m = dim.index("i"), hidden.index("m")
+    partition = Sum(sympy.exp(beta * Sum(U[m, i] * h[i], i)), m)
+    return cem.Energy(Sum(h[i] ** 2, i) / 2 - sympy.log(partition) / beta)
+
+
+def mixture_of_experts_twin(activation):
+    @cem.energy(h="dim", U="experts hidden dim", G="experts hidden dim")
+    def mixture_of_experts(h, *, U, G, beta=hidden**-0.5):
+        gate = activation(torch.einsum("emd,d->em", G, h.detach()))
+        value = 0.5 * (gate * torch.einsum("emd,d->em", U, h).square()).sum(-1)
+        return -torch.logsumexp(beta * value, dim=0) / beta
+
+    return mixture_of_experts
+
+
+@cem.energy(h="dim", U="hidden dim")
+def polynomial_memory_twin(h, *, U):
+    return -torch.relu(U @ h).pow(3).sum() / 3
+
+
+def quadratic_well_twin():
+    W, b = cem.parameter("W", rank, dim), cem.parameter("b", dim)
+    return cem.Energy(Sum(Sum(W[r, i] * (h[i] - b[i]), i) ** 2, r) / 2)
+
+
+def sparse_coding_twin():
+    D, A = cem.parameter("D", features, dim), cem.parameter("A", features, dim)
+    f = features.index("f")
+    missing = Sum(A[f, i] * cem.frozen(h)[i], i) - Sum(D[f, i] * h[i], i)
+    return cem.Energy(Sum(missing**2, f) / 2)
+
+
+@cem.energy(
+    h="dim",
+    x="seq dim",
+    Q="heads rank dim",
+    K="heads rank dim",
+    U="hidden dim",
+    G="hidden dim",
+)
+def parallel_block_twin(h, x, *, Q, K, U, G, beta=rank**-0.5):
+    score = torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    attention = -torch.logsumexp(beta * score, dim=-1).sum() / beta
+    return attention - 0.5 * (F.silu(G @ h.detach()) * (U @ h).square()).sum()
+
+
+def normalised_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    log_beta = cem.parameter("log_beta", heads)
+    beta = cem.scalar("beta", default=rank**0.5, positive=True)
+    q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
+    lengths = sympy.sqrt(Sum(q**2, r)) * sympy.sqrt(Sum(k**2, r))
+    sharpness = beta * sympy.exp(log_beta[a])
+    return cem.Energy(-Sum(cem.logsumexp(sharpness * Sum(q * k, r) / lengths, s) / sharpness, a))
+
+
+def soft_capped_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    cap = cem.scalar("cap", default=50.0, positive=True)
+    score = beta * Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
+
+
+def subspace_compression_twin():
+    U = cem.parameter("U", heads, rank, dim)
+    score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+
+
+def sparsification_twin():
+    D = cem.parameter("D", dim, dim)
+    missing = cem.frozen(h)[j] - Sum(D[j, i] * h[i], i)
+    return cem.Energy(Sum(missing**2, j) / 2)
+
+
+def squared_interaction_twin():
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(score**2, a, s) / 2)
+
+
+TWINS = {
+    "interaction": interaction_twin(),
+    "diagonal_plus_low_rank": block_twin(),
+    "diagonal_plus_low_rank_full": full_twin(),
+    "dense_interaction": dense_twin(),
+    "diagonal_interaction": diagonal_twin(),
+    "symmetric_interaction": symmetric_twin(),
+    "symmetrised_interaction": symmetrised_twin(),
+    "collaborative_interaction": collaborative_twin(),
+    "tempered_interaction": tempered_twin(),
+    "grouped_interaction": grouped_twin(),
+    "gated": gated_twin(F.silu),
+    "gated_silu": gated_twin(F.silu),
+    "gated_gelu": gated_twin(F.gelu),
+    "gated_relu": gated_twin(F.relu),
+    "gated_sigmoid": gated_twin(F.sigmoid),
+    "two_sided_gated": two_sided_gated_twin(cem.silu_antiderivative),
+    "two_sided_gated_silu": two_sided_gated_twin(cem.silu_antiderivative),
+    "two_sided_gated_gelu": two_sided_gated_twin(cem.gelu_antiderivative),
+    "two_sided_gated_relu": two_sided_gated_twin(cem.relu_antiderivative),
+    "two_sided_gated_sigmoid": two_sided_gated_twin(F.softplus),
+    "plain": plain_twin(cem.relu_antiderivative),
+    "plain_relu": plain_twin(cem.relu_antiderivative),
+    "plain_gelu": plain_twin(cem.gelu_antiderivative),
+    "plain_silu": plain_twin(cem.silu_antiderivative),
+    "plain_softplus": plain_twin(cem.softplus_antiderivative),
+    "memory": memory_twin(),
+    "mixture_of_experts": mixture_of_experts_twin(F.silu),
+    "mixture_of_experts_silu": mixture_of_experts_twin(F.silu),
+    "mixture_of_experts_relu": mixture_of_experts_twin(F.relu),
+    "polynomial_memory": polynomial_memory_twin,
+    "quadratic_well": quadratic_well_twin(),
+    "sparse_coding": sparse_coding_twin(),
+    "parallel_block": parallel_block_twin,
+    "normalised_interaction": normalised_twin(),
+    "soft_capped_interaction": soft_capped_twin(),
+    "subspace_compression": subspace_compression_twin(),
+    "sparsification": sparsification_twin(),
+    "squared_interaction": squared_interaction_twin(),
+}
+
+
+def derive(energy, **options):
+    """The layer at small odd sizes in float64, with every parameter drawn, and states for it."""
+    known = {"dim", *map(str, energy.dims)}
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    layer = cem.derive(energy, dtype=torch.float64, **sizes, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    h = torch.randn(7, SIZES["dim"], dtype=torch.float64, generator=generator)  # (T, D)
+    return layer, h
