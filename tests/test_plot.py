@@ -7,9 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import ENERGIES, by_name
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
+import cem
 from cem import plot
 
 CONTEXT = "fixed, as before the update"
@@ -322,3 +324,13 @@ def test_landscape_refuses(states, message):
     layer = Layer("blocks.0.mlp", "gated", None, None, states, bowl)
     with pytest.raises(ValueError, match=f"`landscape` of layer `blocks.0.mlp` needs {message}"):
         plot.landscape(Trace([layer]))
+
+
+@pytest.mark.parametrize("case", ENERGIES, ids=by_name)
+def test_the_landscape_of_every_energy(case):
+    """Its ends are at the energies that the trace has of the first and the last state."""
+    trace = cem.trace(case.derive(steps=2), **case.inputs())
+    texts = plot.landscape(trace, resolution=5).get_legend().get_texts()
+    ends = [trace[0].before[0, 0, -1], trace[0].after[-1, 0, -1]]
+    shown = [float(text.get_text().split("= ")[1].replace("−", "-")) for text in texts]
+    np.testing.assert_allclose(shown, ends, rtol=1e-3)  # four digits are shown
