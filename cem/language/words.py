@@ -97,7 +97,8 @@ class Word:
 
     ``curvature`` is the shape of the function on its domain (``convex``, ``concave`` or ``None``),
     ``monotone`` is +1, -1 or 0, ``sign`` is +1 where it is never negative, else 0: what the rules of
-    disciplined convex programming need.
+    disciplined convex programming need. ``bounds`` holds every value, where more than the sign is known;
+    ``second`` every second derivative, None where it has no bound. Both are rounded outward.
     """
 
     function: type[Function]
@@ -108,6 +109,8 @@ class Word:
     monotone: int = 0
     sign: int = 0
     antiderivative: type[Function] | None = None
+    bounds: tuple[float, float] | None = None
+    second: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -176,14 +179,27 @@ def _gelu_tanh_derivative(z: Expr) -> Expr:
     return (1 + t) / 2 + z * (1 - t**2) * c * (1 + Rational(134145, 1000000) * z**2) / 2
 
 
+_WAVE = ((-1, 1), (-1, 1))
+
 WORDS: tuple[Word, ...] = (
     Word(sympy.exp, sympy.exp, torch.exp, r"\exp", "convex", +1, +1, sympy.exp),
     Word(sympy.log, lambda z: 1 / z, torch.log, r"\log", "concave", +1),
     Word(sympy.Abs, sympy.sign, torch.abs, r"\left|{}\right|", "convex", 0, +1),
     Word(sympy.sign, lambda z: Integer(0), torch.sign, r"\operatorname{sign}", None, +1),
-    Word(sympy.sin, sympy.cos, torch.sin, r"\sin"),
-    Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", antiderivative=sympy.sin),
-    Word(sympy.tanh, lambda z: 1 - sympy.tanh(z) ** 2, torch.tanh, r"\tanh", None, +1, 0, log_cosh),
+    Word(sympy.sin, sympy.cos, torch.sin, r"\sin", None, 0, 0, None, *_WAVE),
+    Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", None, 0, 0, sympy.sin, *_WAVE),
+    Word(
+        sympy.tanh,
+        lambda z: 1 - sympy.tanh(z) ** 2,
+        torch.tanh,
+        r"\tanh",
+        None,
+        +1,
+        0,
+        log_cosh,
+        (-1, 1),
+        (-0.77, 0.77),
+    ),
     Word(relu, step, torch.relu, r"\operatorname{relu}", "convex", +1, +1, relu_antiderivative),
     Word(
         gelu,
@@ -191,12 +207,16 @@ WORDS: tuple[Word, ...] = (
         F.gelu,
         r"\operatorname{gelu}",
         antiderivative=gelu_antiderivative,
+        bounds=(-0.17, math.inf),
+        second=(-0.108, 0.798),
     ),
     Word(
         gelu_tanh,
         _gelu_tanh_derivative,
         _gelu_tanh,
         r"\operatorname{gelu}_{\tanh}",
+        bounds=(-0.1701, math.inf),
+        second=(-0.108, 0.798),
     ),
     Word(
         silu,
@@ -204,6 +224,8 @@ WORDS: tuple[Word, ...] = (
         F.silu,
         r"\operatorname{silu}",
         antiderivative=silu_antiderivative,
+        bounds=(-0.2785, math.inf),
+        second=(-0.037, 0.5),
     ),
     Word(
         softplus,
@@ -214,6 +236,7 @@ WORDS: tuple[Word, ...] = (
         +1,
         +1,
         softplus_antiderivative,
+        second=(0, 0.25),
     ),
     Word(
         sigmoid,
@@ -224,6 +247,8 @@ WORDS: tuple[Word, ...] = (
         +1,
         +1,
         softplus,
+        (0, 1),
+        (-0.0963, 0.0963),
     ),
     Word(
         step,
@@ -234,12 +259,22 @@ WORDS: tuple[Word, ...] = (
         +1,
         +1,
         relu,
+        (0, 1),
     ),
-    Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1),
+    Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1, None, (0, 1), (-0.242, 0.242)),
     Word(
-        normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf
+        normal_pdf,
+        lambda z: -z * normal_pdf(z),
+        _normal_pdf,
+        r"\varphi",
+        None,
+        0,
+        +1,
+        normal_cdf,
+        (0, 0.399),
+        (-0.399, 0.1781),
     ),
-    Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1),
+    Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1, second=(0, 1)),
     Word(
         relu_antiderivative,
         relu,
@@ -248,12 +283,14 @@ WORDS: tuple[Word, ...] = (
         "convex",
         +1,
         +1,
+        second=(0, 1),
     ),
     Word(
         gelu_antiderivative,
         gelu,
         _gelu_antiderivative,
         r"\operatorname{gelu}^{(-1)}",
+        second=(-0.129, 1.129),
     ),
     Word(
         softplus_antiderivative,
@@ -263,12 +300,14 @@ WORDS: tuple[Word, ...] = (
         "convex",
         +1,
         +1,
+        second=(0, 1),
     ),
     Word(
         silu_antiderivative,
         silu,
         _silu_antiderivative,
         r"\operatorname{silu}^{(-1)}",
+        second=(-0.0999, 1.0999),
     ),
 )
 
