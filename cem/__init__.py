@@ -1,6 +1,7 @@
 """CEM: write an energy, get the layer that descends it."""
 
 from ._version import __version__
+from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
@@ -30,6 +31,7 @@ from .update import AbstractUpdate, GradientDescent
 __all__ = [
     "AbstractPreconditioner",
     "AbstractUpdate",
+    "Certificate",
     "Derivation",
     "Diagonal",
     "Dim",

@@ -24,7 +24,7 @@ FLOORS = (
     ("calculus",),
     ("derivation",),
     ("energy",),
-    ("lowering", "sizes", "initialisation", "update", "preconditioner"),
+    ("certificate", "lowering", "sizes", "initialisation", "update", "preconditioner"),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

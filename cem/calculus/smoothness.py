@@ -102,7 +102,7 @@ def smoothness(
     1.0
     """
     tensors = {name: torch.as_tensor(z, dtype=torch.float64) for name, z in values.items()}
-    if any(z.is_meta or not z.isfinite().all() for z in tensors.values()):
+    if not all(z.isfinite().all() for z in tensors.values()):
         return Smoothness(math.inf, (Term(expression, math.inf, "a parameter is not finite"),))
     tensors = {name: z.detach().cpu() for name, z in tensors.items()}
     parts = Add.make_args(expression)
