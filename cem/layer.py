@@ -12,6 +12,7 @@ import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
+from . import spectrum
 from .certificate import certify
 from .energy import Energy
 from .initialisation import initialise
@@ -280,6 +281,7 @@ class EnergyLayer(nn.Module):
         return self.energy_function.derivation(layer=self)
 
     certificate = property(certify, doc="What is guaranteed about its descent as it stands.")
+    curvature = spectrum.curvature
 
     def _repr_latex_(self) -> str:
         return self.derivation._repr_latex_()
