@@ -18,9 +18,9 @@ Theorem 3 (a norm in front). Let N be the gradient of a convex function with Lip
 P = p I with p >= 0, and h+ = h - eta p g with g = dE/dN at N(h). For a concave E every step
 descends: E(N(h+)) <= E(N(h)). If no eigenvalue of d2E/dN2 is above L, every step with
 eta <= 2 / (L p l) descends.
-Proof. Write d = h+ - h and D = N(h+) - N(h). The gradient of a convex function is monotone and
-co-coercive (Baillon and Haddad, 1977): D.d >= |D|^2 / l >= 0. With g = -d / (eta p),
-E(N(h+)) - E(N(h)) <= g.D + (L/2) |D|^2 <= -(1 / (eta p l) - L/2) |D|^2; for L = 0 use D.d >= 0.
+Proof. Write d = h+ - h and v = N(h+) - N(h). The gradient of a convex function is monotone and
+co-coercive (Baillon and Haddad, 1977): v.d >= |v|^2 / l >= 0. With g = -d / (eta p),
+E(N(h+)) - E(N(h)) <= g.v + (L/2) |v|^2 <= -(1 / (eta p l) - L/2) |v|^2; for L = 0 use v.d >= 0.
 
 Lemma. RMSNorm and LayerNorm without a gain, or with one equal gain c >= 0 and any bias, are such.
 Proof. h / sqrt(|h|^2/D + e) is the gradient of D sqrt(|h|^2/D + e), and with the centring

@@ -17,6 +17,7 @@ from cem.derivations import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("weight_tied_attention", "gated_mlp", "diagonal_plus_low_rank", "memory")
+THEOREMS = ("certificate",)
 CONCRETE = {"dim": 3, "seq": 3, "heads": 2, "rank": 2, "hidden": 4, "block": 2}
 
 
@@ -26,12 +27,44 @@ def page(name):
 
 def test_every_page_is_tested():
     files = {file.stem for file in (ROOT / "derivations").glob("*.py")}
-    assert files == {*PAGES, "__init__", "checks"}
+    assert files == {*PAGES, *THEOREMS, "__init__", "checks"}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", (*PAGES, *THEOREMS))
 def test_check(name):
     page(name).check()
+
+
+def test_the_theorems_print_themselves(capsys):
+    runpy.run_path(str(ROOT / "derivations" / "certificate.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("Why a step descends")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("soft_threshold", lambda z, eta: z, "proximal"),
+        ("conjugate_gradients", lambda A, g, steps: -g, "downhill"),
+    ],
+)
+def test_the_theorems_notice_a_wrong_step(name, wrong, said, monkeypatch):
+    monkeypatch.setattr(page("certificate"), name, wrong)
+    with pytest.raises(AssertionError, match=said):
+        page("certificate").check()
+
+
+@pytest.mark.parametrize("kind", ["curved", "norm"])
+def test_the_theorems_notice_a_wrong_bound(kind, monkeypatch):
+    instances = page("certificate").Instances
+    right = getattr(instances, kind)
+
+    def wrong(self):
+        function, bound = right(self)
+        return function, bound / 4
+
+    monkeypatch.setattr(instances, kind, wrong)
+    with pytest.raises(AssertionError):
+        page("certificate").check()
 
 
 @pytest.mark.parametrize("name", PAGES)
