@@ -250,17 +250,7 @@ WORDS: tuple[Word, ...] = (
         (0, 1),
         (-0.0963, 0.0963),
     ),
-    Word(
-        step,
-        lambda z: Integer(0),
-        _step,
-        r"\mathbf{1}_{>0}",
-        None,
-        +1,
-        +1,
-        relu,
-        (0, 1),
-    ),
+    Word(step, lambda z: Integer(0), _step, r"\mathbf{1}_{>0}", None, +1, +1, relu, (0, 1)),
     Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1, None, (0, 1), (-0.242, 0.242)),
     Word(
         normal_pdf,
