@@ -1,6 +1,7 @@
 """CEM: write an energy, get the layer that descends it."""
 
 from ._version import __version__
+from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
@@ -34,6 +35,7 @@ from .update import AbstractUpdate, GradientDescent
 __all__ = [
     "AbstractPreconditioner",
     "AbstractUpdate",
+    "Certificate",
     "Derivation",
     "Diagonal",
     "Dim",

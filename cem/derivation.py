@@ -220,9 +220,8 @@ class Derivation:
         blocks += [paragraph(*told) for told in known_forms(self.definitions, self.force, h, d)]
         if layer is not None:
             blocks += _layer_facts(layer)
-        certificate = getattr(layer, "certificate", None)
-        if certificate or _is_bare(layer):
-            blocks.append(paragraph(str(certificate or DESCENT[energy.curvature])))
+        promise = DESCENT[energy.curvature] if layer is None else str(layer.certificate)
+        blocks.append(paragraph(promise))
         return Step("The layer", tuple(blocks))
 
 
@@ -309,15 +308,6 @@ def _untranslated(energy) -> Step:
     return Step("Energy", (paragraph(told), *([paragraph(energy.reason)] if energy.reason else [])))
 
 
-def _is_bare(layer) -> bool:
-    """Whether the step is h - eta P dE/dh and nothing else, which is what curvature speaks of."""
-    if layer is None:
-        return True
-    plain_update = type(layer.update).__name__ == "GradientDescent"
-    plain_norm = type(getattr(layer, "norm", None)).__name__ in ("Identity", "NoneType")
-    return plain_update and plain_norm and not getattr(layer, "joint", False)
-
-
 def _layer_facts(layer) -> Iterator[Block]:
     """What the arguments of ``derive`` add to the bare step."""
     told: list[Part] = [f"The update rule is {layer.update!r}"]
@@ -325,7 +315,7 @@ def _layer_facts(layer) -> Iterator[Block]:
     if preconditioner is None:
         told += [", and ", Math("P", "P"), " is the identity."]
     else:
-        told += [", and ", Math("P", "P"), f" is {preconditioner!r}, positive semi-definite."]
+        told += [", and ", Math("P", "P"), f" is {preconditioner!r}."]
     yield paragraph(*told)
     norm = getattr(layer, "norm", None)
     if norm is not None and type(norm).__name__ != "Identity":
@@ -333,12 +323,6 @@ def _layer_facts(layer) -> Iterator[Block]:
             f"State and context are read through {norm!r}: the gradient is taken with respect to"
             " what the norm returns and subtracted from the state."
         ]
-        gain_free = type(norm).__name__ in ("RMSNorm", "LayerNorm") and not list(norm.parameters())
-        if gain_free and preconditioner is None:
-            told.append(
-                " A norm without a gain is the gradient of a convex function, so this is mirror"
-                " descent: its Jacobian is positive semi-definite and a small step still descends."
-            )
         yield paragraph(*told)
     if layer.steps > 1:
         fixed = "input of the layer" if layer.refresh == "layer" else "input of each step"

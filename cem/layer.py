@@ -12,6 +12,8 @@ import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
+from . import spectrum
+from .certificate import certify
 from .energy import Energy
 from .initialisation import initialise
 from .inputs import Reader, Seen
@@ -49,6 +51,7 @@ class EnergyLayer(nn.Module):
         scalars: the fixed scalars, by name.
         lowering: how dE/dh is computed: ``.kind``, ``.kernels``, ``.reasons``.
         code: the program of dE/dh as readable Python.
+        certificate: what is guaranteed about its descent, a :class:`~cem.Certificate`.
     """
 
     def __init__(
@@ -227,6 +230,9 @@ class EnergyLayer(nn.Module):
         """The worked mathematics from the energy to this layer, a :class:`~cem.derivation.Derivation`."""
         return self.energy_function.derivation(layer=self)
 
+    certificate = property(certify, doc="What is guaranteed about its descent as it stands.")
+    curvature = spectrum.curvature
+
     def _repr_latex_(self) -> str:
         return self.derivation._repr_latex_()
 
@@ -310,12 +316,8 @@ def derive(
     check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES}, arguments)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    if (
-        energy.expression is None
-        and energy.context is not None
-        and causal
-        and not energy.masks_itself
-    ):
+    looks_back = causal and energy.context is not None
+    if energy.expression is None and looks_back and not energy.masks_itself:
         raise ValueError(
             f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
             f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"

@@ -17,7 +17,15 @@ _ONE = math.log(math.e - 1.0)
 
 
 class AbstractPreconditioner(nn.Module, abc.ABC):
-    """The interface of a preconditioner: a positive semi-definite matrix P (D, D), never formed."""
+    """The interface of a preconditioner: a positive semi-definite matrix P (D, D), never formed.
+
+    Attributes:
+        definite: positive semi-definite by construction, whatever was learned; what descent rests on.
+        scalar: a multiple of the identity; what descent behind a norm rests on.
+    """
+
+    definite = False
+    scalar = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -32,6 +40,13 @@ class AbstractPreconditioner(nn.Module, abc.ABC):
         like = next(self.parameters(), torch.empty(()))
         return self(torch.eye(self.dim, dtype=like.dtype, device=like.device)).T
 
+    def largest_eigenvalue(self) -> float:
+        """The largest eigenvalue of P, rounded up; inf where P is not finite."""
+        P = self.dense().detach().double()
+        if not P.isfinite().all():
+            return math.inf
+        return float(torch.linalg.eigvalsh(P)[-1]) * (1 + 1e-9)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
 
@@ -43,6 +58,9 @@ class ScaledIdentity(AbstractPreconditioner):
     >>> cem.ScaledIdentity(2).dense().tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+
+    definite = True
+    scalar = True
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
@@ -59,6 +77,8 @@ class Diagonal(AbstractPreconditioner):
     >>> cem.Diagonal(2).dense().tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+
+    definite = True
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)

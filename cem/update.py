@@ -8,9 +8,23 @@ its step size instead of reading and writing the tensor once more.
 from __future__ import annotations
 
 import abc
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Promise(NamedTuple):
+    """What an update rule promises of an energy; see :mod:`cem.certificate` for the proofs.
+
+    ``bound`` is the largest step size that descends, None where nothing is promised; ``holds`` says whether the
+    present step sizes are allowed by it, ``statement`` says so in sentences.
+    """
+
+    bound: float | None
+    holds: bool
+    statement: str
 
 
 class AbstractUpdate(nn.Module, abc.ABC):
@@ -23,6 +37,19 @@ class AbstractUpdate(nn.Module, abc.ABC):
     @abc.abstractmethod
     def update(self, h: Tensor, gradient: Tensor, state, scale: float = 1.0) -> tuple:
         """The next h, shape (..., dim), and what to remember; ``scale * gradient`` points uphill."""
+
+    def promise(self, smoothness: float, *, steps: int, scalar: bool, normed: bool) -> Promise:
+        """When a step of this rule cannot raise the energy; nothing, unless a rule says more.
+
+        Args:
+            smoothness: no eigenvalue of the Hessian times P, times the slope of a norm in front, is above it; 0 for
+                a concave energy.
+            steps: how often the rule is applied.
+            scalar: P is a multiple of the identity.
+            normed: the energy reads the state through a norm.
+        """
+        del smoothness, steps, scalar, normed
+        return Promise(None, False, f"No theorem is known for `{type(self).__name__}`.")
 
 
 class GradientDescent(AbstractUpdate):
@@ -63,6 +90,34 @@ class GradientDescent(AbstractUpdate):
         if self.learn:
             return torch.addcmul(h, self.step_size.to(h.dtype), gradient, value=-scale), state
         return torch.add(h, gradient, alpha=-self.step_size * scale), state
+
+    def promise(self, smoothness: float, *, steps: int, scalar: bool, normed: bool) -> Promise:
+        """Every step size up to 2 / smoothness descends; every one at all where the energy is concave."""
+        del steps, scalar  # a norm with a P that is not scalar never gets here
+        bound = 2.0 / smoothness if smoothness else math.inf
+        sizes = torch.as_tensor(self.step_size, dtype=torch.float64).detach().reshape(-1)
+        least, most = float(sizes.min()), float(sizes.max())
+        holds = least >= 0.0 and most <= bound
+        if smoothness:
+            said = f"A step descends if its size is at most {bound:.4g}."
+        else:
+            said = "A step of any size descends"
+            said += (
+                "."
+                if normed
+                else ": E(h - eta P g) <= E(h) - eta g.Pg for every eta >= 0, with g = dE/dh."
+            )
+        shown = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+        if holds:
+            return Promise(
+                bound, True, f"{said} The layer's own step size, {shown}, satisfies this."
+            )
+        why = "is above it" if least >= 0.0 else "is below 0 or no number"
+        return Promise(
+            bound,
+            False,
+            f"{said} The layer's own step size, {shown}, {why}, so nothing is promised.",
+        )
 
     def extra_repr(self) -> str:
         step_size = self.step_size.item() if self.learn else self.step_size

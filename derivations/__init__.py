@@ -4,7 +4,8 @@
 
 Each module has ``energy``; ``closed_form``, its layer written by hand from the mathematics;
 ``derivation()``, the mathematics of the toolkit; and ``check()``, which compares the two and
-SymPy's own ``diff``.
+SymPy's own ``diff``. ``certificate`` has theorems instead, on when a step descends, and a
+``check()`` that looks for instances which break them.
 """
 
 # From the repository root `import derivations` would work too, and give second, different classes.

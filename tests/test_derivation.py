@@ -264,18 +264,16 @@ def test_derivation_of_a_layer():
     assert "<pre><code>" in derivation.html() and r"\begin{verbatim}" in derivation.latex()
 
 
-def test_curvature_is_claimed_for_the_bare_step_only():
-    energy = energy_of("interaction")
-    sizes = dict(dim=6, heads=2, rank=3)
-    bare = Derivation.of_energy(energy, cem.derive(energy, **sizes)).text()
-    normed = Derivation.of_energy(
-        energy, cem.derive(energy, norm=torch.nn.RMSNorm(6, elementwise_affine=False), **sizes)
-    ).text()
-    gained = Derivation.of_energy(
-        energy, cem.derive(energy, norm=torch.nn.RMSNorm(6), **sizes)
-    ).text()
-    assert "concave" in bare and "concave" not in normed and "concave" not in gained
-    assert "mirror" in normed and "mirror" not in bare and "mirror" not in gained
+@pytest.mark.parametrize("norm", [None, torch.nn.RMSNorm])
+def test_a_layer_is_shown_with_its_certificate(norm):
+    energy = energy_of("plain")
+    layer = cem.derive(energy, norm=norm, dim=6, hidden=5)
+    shown = " ".join(Derivation.of_energy(energy, layer).text().split())
+    assert str(layer.certificate) in shown
+    assert "concave in the state, so a step of any size" not in shown
+    assert "concave in the state, so a step of any size" in " ".join(
+        Derivation.of_energy(energy).text().split()
+    )
 
 
 def test_an_energy_without_expression_says_why():

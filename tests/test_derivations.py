@@ -38,6 +38,7 @@ CONCRETE = {
     "experts": 2,
     "features": 2,
 }
+THEOREMS = ("certificate",)
 
 
 def page(name):
@@ -46,12 +47,44 @@ def page(name):
 
 def test_every_page_is_tested():
     files = {file.stem for file in (ROOT / "derivations").glob("*.py")}
-    assert files == {*PAGES, "__init__", "checks"}
+    assert files == {*PAGES, *THEOREMS, "__init__", "checks"}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", (*PAGES, *THEOREMS))
 def test_check(name):
     page(name).check()
+
+
+def test_the_theorems_print_themselves(capsys):
+    runpy.run_path(str(ROOT / "derivations" / "certificate.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("Why a step descends")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("soft_threshold", lambda z, eta: z, "proximal"),
+        ("conjugate_gradients", lambda A, g, steps: -g, "downhill"),
+    ],
+)
+def test_the_theorems_notice_a_wrong_step(name, wrong, said, monkeypatch):
+    monkeypatch.setattr(page("certificate"), name, wrong)
+    with pytest.raises(AssertionError, match=said):
+        page("certificate").check()
+
+
+@pytest.mark.parametrize("kind", ["curved", "norm"])
+def test_the_theorems_notice_a_wrong_bound(kind, monkeypatch):
+    instances = page("certificate").Instances
+    right = getattr(instances, kind)
+
+    def wrong(self):
+        function, bound = right(self)
+        return function, bound / 4
+
+    monkeypatch.setattr(instances, kind, wrong)
+    with pytest.raises(AssertionError):
+        page("certificate").check()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -71,6 +104,8 @@ def test_derivation_is_of_this_energy(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_page_prints_its_derivation(name, capsys):
     runpy.run_path(str(ROOT / "derivations" / f"{name}.py"), run_name="__main__")
+    torch.manual_seed(0)  # the certificate speaks of the parameters that were drawn after the check
+    page(name).check()
     assert capsys.readouterr().out == f"{page(name).derivation()}\n"
 
 

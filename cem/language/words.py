@@ -154,7 +154,8 @@ class Word:
 
     ``curvature`` is the shape of the function on its domain (``convex``, ``concave`` or ``None``),
     ``monotone`` is +1, -1 or 0, ``sign`` is +1 where it is never negative, else 0: what the rules of
-    disciplined convex programming need.
+    disciplined convex programming need. ``bounds`` holds every value, where more than the sign is known;
+    ``second`` every second derivative, None where it has no bound. Both are rounded outward.
     """
 
     function: type[Function]
@@ -165,6 +166,8 @@ class Word:
     monotone: int = 0
     sign: int = 0
     antiderivative: type[Function] | None = None
+    bounds: tuple[float, float] | None = None
+    second: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -238,14 +241,27 @@ def _gelu_tanh_derivative(z: Expr) -> Expr:
     return (1 + t) / 2 + z * (1 - t**2) * c * (1 + Rational(134145, 1000000) * z**2) / 2
 
 
+_WAVE = ((-1, 1), (-1, 1))
+
 WORDS: tuple[Word, ...] = (
     Word(sympy.exp, sympy.exp, torch.exp, r"\exp", "convex", +1, +1, sympy.exp),
     Word(sympy.log, lambda z: 1 / z, torch.log, r"\log", "concave", +1),
     Word(sympy.Abs, sympy.sign, torch.abs, r"\left|{}\right|", "convex", 0, +1),
     Word(sympy.sign, lambda z: Integer(0), torch.sign, r"\operatorname{sign}", None, +1),
-    Word(sympy.sin, sympy.cos, torch.sin, r"\sin"),
-    Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", antiderivative=sympy.sin),
-    Word(sympy.tanh, lambda z: 1 - sympy.tanh(z) ** 2, torch.tanh, r"\tanh", None, +1, 0, log_cosh),
+    Word(sympy.sin, sympy.cos, torch.sin, r"\sin", None, 0, 0, None, *_WAVE),
+    Word(sympy.cos, lambda z: -sympy.sin(z), torch.cos, r"\cos", None, 0, 0, sympy.sin, *_WAVE),
+    Word(
+        sympy.tanh,
+        lambda z: 1 - sympy.tanh(z) ** 2,
+        torch.tanh,
+        r"\tanh",
+        None,
+        +1,
+        0,
+        log_cosh,
+        (-1, 1),
+        (-0.77, 0.77),
+    ),
     Word(relu, step, torch.relu, r"\operatorname{relu}", "convex", +1, +1, relu_antiderivative),
     Word(
         gelu,
@@ -253,12 +269,16 @@ WORDS: tuple[Word, ...] = (
         F.gelu,
         r"\operatorname{gelu}",
         antiderivative=gelu_antiderivative,
+        bounds=(-0.17, math.inf),
+        second=(-0.108, 0.798),
     ),
     Word(
         gelu_tanh,
         _gelu_tanh_derivative,
         _gelu_tanh,
         r"\operatorname{gelu}_{\tanh}",
+        bounds=(-0.1701, math.inf),
+        second=(-0.108, 0.798),
     ),
     Word(
         silu,
@@ -266,6 +286,8 @@ WORDS: tuple[Word, ...] = (
         F.silu,
         r"\operatorname{silu}",
         antiderivative=silu_antiderivative,
+        bounds=(-0.2785, math.inf),
+        second=(-0.037, 0.5),
     ),
     Word(
         softplus,
@@ -276,6 +298,7 @@ WORDS: tuple[Word, ...] = (
         +1,
         +1,
         softplus_antiderivative,
+        second=(0, 0.25),
     ),
     Word(
         sigmoid,
@@ -286,24 +309,26 @@ WORDS: tuple[Word, ...] = (
         +1,
         +1,
         softplus,
+        (0, 1),
+        (-0.0963, 0.0963),
     ),
+    Word(step, lambda z: Integer(0), _step, r"\mathbf{1}_{>0}", None, +1, +1, relu, (0, 1)),
+    Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1, None, (0, 1), (-0.242, 0.242)),
     Word(
-        step,
-        lambda z: Integer(0),
-        _step,
-        r"\mathbf{1}_{>0}",
+        normal_pdf,
+        lambda z: -z * normal_pdf(z),
+        _normal_pdf,
+        r"\varphi",
         None,
+        0,
         +1,
-        +1,
-        relu,
+        normal_cdf,
+        (0, 0.399),
+        (-0.399, 0.1781),
     ),
     Word(floor, lambda z: Integer(0), torch.floor, r"\left\lfloor{}\right\rfloor", None, +1),
     Word(only, lambda z: Integer(0), _only, r"\operatorname{only}"),
-    Word(normal_cdf, normal_pdf, _normal_cdf, r"\Phi", None, +1, +1),
-    Word(
-        normal_pdf, lambda z: -z * normal_pdf(z), _normal_pdf, r"\varphi", None, 0, +1, normal_cdf
-    ),
-    Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1),
+    Word(log_cosh, sympy.tanh, _log_cosh, r"\log\cosh", "convex", 0, +1, second=(0, 1)),
     Word(
         relu_antiderivative,
         relu,
@@ -312,12 +337,14 @@ WORDS: tuple[Word, ...] = (
         "convex",
         +1,
         +1,
+        second=(0, 1),
     ),
     Word(
         gelu_antiderivative,
         gelu,
         _gelu_antiderivative,
         r"\operatorname{gelu}^{(-1)}",
+        second=(-0.129, 1.129),
     ),
     Word(
         softplus_antiderivative,
@@ -327,12 +354,14 @@ WORDS: tuple[Word, ...] = (
         "convex",
         +1,
         +1,
+        second=(0, 1),
     ),
     Word(
         silu_antiderivative,
         silu,
         _silu_antiderivative,
         r"\operatorname{silu}^{(-1)}",
+        second=(-0.0999, 1.0999),
     ),
 )
 
