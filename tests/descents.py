@@ -39,6 +39,7 @@ i, j, a, r, m, s = (
     for size, name in zip((dim, dim, heads, rank, hidden, SEQ), "ijarms", strict=True)
 )
 
+# Those that are finite everywhere: log has a domain, and `only` hides tokens.
 FUNCTIONS = [word.function for word in WORDS if word.name not in ("log", "only")]
 FUNCTIONS += [lambda z: z**2, lambda z: z**2, lambda z: z**3, lambda z: z**4, lambda z: z]
 
