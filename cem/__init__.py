@@ -6,6 +6,7 @@ from .derivation import Derivation
 from .energy import Energy, energy
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
+from .language.tokens import decay
 from .language.words import (
     antiderivative,
     floor,
@@ -50,6 +51,7 @@ __all__ = [
     "alibi_slopes",
     "antiderivative",
     "context",
+    "decay",
     "derive",
     "dims",
     "energy",

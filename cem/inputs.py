@@ -25,6 +25,7 @@ class Seen(NamedTuple):
         causal: s <= t, where there is no mask (T equal to S).
         position: positions of the states, (B or 1, T), or None for an energy without positions.
         context_position: positions of the context tokens, (B or 1, S), or None.
+        states: what earlier tokens left to each linear attention, where a decoder has seen some, else None.
     """
 
     x: Tensor | None
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     causal: bool
     position: Tensor | None
     context_position: Tensor | None
+    states: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass(frozen=True)

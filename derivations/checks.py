@@ -19,6 +19,7 @@ import cem
 from cem.calculus.gradient import output_index
 from cem.language.evaluation import Evaluator
 from cem.language.symbols import LogSumExp, size_of
+from cem.language.tokens import Decay
 
 TOLERANCE = 1e-12
 
@@ -84,6 +85,10 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
                 return Add(*(visit(node.function, here) for here in places(node.variables, at)))
             case LogSumExp():
                 return log(Add(*(exp(visit(node.body, here)) for here in places([node.index], at))))
+            case Decay():
+                later = range(int(at[node.index]) + 1, Integer(size_of(node.index).xreplace(sizes)))
+                gates = (visit(node.body, {**at, node.index: Integer(u)}) for u in later)
+                return exp(Add(*gates))
             case Symbol():
                 return Integer(sizes[node]) if node in sizes else values[node.name].item()
         args = [visit(arg, at) for arg in node.args]

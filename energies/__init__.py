@@ -5,6 +5,7 @@ if __name__ != "cem.energies":
 
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
+from .gated_linear_attention import gated_linear_attention
 from .grouped_interaction import grouped_interaction
 from .interaction import interaction
 from .memory import memory
@@ -50,6 +51,7 @@ __all__ = [
     "gated",
     "gated_by",
     "gated_gelu",
+    "gated_linear_attention",
     "gated_relu",
     "gated_sigmoid",
     "gated_silu",

@@ -14,7 +14,7 @@ step of any size descends. The force grows with the number of visible tokens, as
 >>> from cem.energies import squared_interaction
 >>> layer = cem.derive(squared_interaction, dim=16, heads=2, rank=4)
 >>> layer.lowering.kernels
-('einsum', 'matmul')
+('linear_attention', 'matmul')
 >>> squared_interaction.curvature
 'concave'
 

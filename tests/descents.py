@@ -245,7 +245,12 @@ class Trials(Energies):
             update=update,
             norm=self.norm(),
             preconditioner=self.preconditioner(),
-            learn=[scalar.name for scalar in energy.scalars if self.random.random() < 0.5],
+            learn=[
+                scalar.name
+                for scalar in energy.scalars
+                if f"log_{scalar.name}" not in map(str, energy.parameters)
+                and self.random.random() < 0.5
+            ],
             dtype=torch.float64,
             **sizes,
             **scalars,

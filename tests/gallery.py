@@ -239,6 +239,17 @@ def squared_interaction_twin():
     return cem.Energy(-Sum(score**2, a, s) / 2)
 
 
+def gated_linear_attention_twin():
+    h, x = cem.state(dim), cem.context(dim)
+    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
+    G, bias = cem.parameter("G", heads, dim), cem.parameter("bias", heads)
+    i, j, a, r = dim.index("i"), dim.index("j"), heads.index("a"), rank.index("r")
+    s = x.index("s")
+    q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
+    gate = -cem.softplus(-Sum(G[a, j] * x[s, j], j) - bias[a])
+    return cem.Energy(-Sum(cem.decay(gate, s) * Sum(q * k, r) ** 2, a, s) / 2)
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -277,6 +288,7 @@ TWINS = {
     "soft_capped_interaction": soft_capped_twin(),
     "subspace_compression": subspace_compression_twin(),
     "sparsification": sparsification_twin(),
+    "gated_linear_attention": gated_linear_attention_twin(),
     "squared_interaction": squared_interaction_twin(),
 }
 

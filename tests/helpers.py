@@ -71,6 +71,10 @@ pair = cem.Energy(lse(SCORE) - Sum(cem.logsumexp(SCORE, s) ** 2, a) / 7, name="p
 mean = cem.Energy(
     -Sum(Sum(U[m, i] * h[i], i) * Sum(key(U, m), s) / cem.language.symbols.SEQ, m), name="mean"
 )
+gate = cem.parameter("gate", heads)
+forgetting = cem.Energy(
+    -Sum(cem.decay(-cem.softplus(gate[a]), s) * SCORE**2, s, a) / 2, name="forgetting"
+)
 squared = cem.Energy(-Sum(Sum(dot(Q, a, r) * key(K, a, r), r) ** 2, a, s) / 2, name="squared")
 quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, name="quadratic")
 level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i), name="level")
@@ -196,7 +200,8 @@ ENERGIES = [
     Case(energies.soft_capped_interaction, DENSE),
     Case(energies.subspace_compression, SDPA),
     Case(energies.sparsification, ("matmul",)),
-    Case(energies.squared_interaction, ("einsum", "matmul")),
+    Case(energies.gated_linear_attention, ("linear_attention", "matmul")),
+    Case(energies.squared_interaction, ("linear_attention", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),
@@ -206,8 +211,9 @@ ENERGIES = [
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),
     Case(soft_capped, DENSE),
-    Case(mean, ("einsum", "matmul")),
-    Case(squared, ("einsum", "matmul")),
+    Case(mean, ("linear_attention", "matmul")),
+    Case(forgetting, ("linear_attention", "matmul")),
+    Case(squared, ("linear_attention", "matmul")),
     Case(quadratic, ()),
     Case(linear, ()),
     Case(level, ()),

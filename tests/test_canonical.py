@@ -36,6 +36,10 @@ EQUAL = {
         Sum(lam[a] * Q[a, r, i] * h[i], i, a),
     ),
     "order of sums": (Sum(W[i, j] * h[i] * w[j], i, j), Sum(W[i, j] * h[i] * w[j], j, i)),
+    "a sum over tokens": (
+        Sum(w[i] * h[i] * Sum(W[i, j] * x[s, j], j), i, s),
+        Sum(w[i] * h[i] * W[i, j] * Sum(x[s, j], s), i, j),
+    ),
     "a matrix between": (
         Sum(h[i] * W[i, j] * x[s, j], i, j, s),
         Sum(h[z] * W[z, y] * x[s, y], y, z, s),

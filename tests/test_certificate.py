@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from descents import GALLERY, Trials
-from helpers import SIZES
-from helpers import looped
+from helpers import SIZES, looped
 from sympy import Sum
 from torch import nn
 
@@ -36,6 +35,7 @@ VERDICTS = {
     "diagonal_plus_low_rank": "any step size",
     "diagonal_plus_low_rank_full": "any step size",
     "gated_gelu": "bounded step size",
+    "gated_linear_attention": "any step size",
     "gated_relu": "any step size",
     "gated_sigmoid": "any step size",
     "gated_silu": "bounded step size",

@@ -10,6 +10,7 @@ from sympy import Sum
 
 import cem
 from cem import energies
+from cem.testing import assert_close
 
 
 def on_slices(lam):
@@ -159,6 +160,18 @@ def test_subspace_compression_is_the_operator_of_its_page():
     same, _ = derive(energies.symmetric_interaction, update=cem.GradientDescent(0.3))
     same.load_state_dict({"Q": layer.U, "sigma": torch.ones_like(same.sigma)})
     torch.testing.assert_close(layer(h), same(h), rtol=1e-12, atol=1e-12)
+
+
+def test_gated_linear_attention_is_a_recurrence():
+    """One state a head that every token shrinks by its gate and adds to."""
+    layer, h = derive(energies.gated_linear_attention)
+    state = h.new_zeros(2, 5, 5)  # (H, R, R)
+    for t, token in enumerate(h):
+        q, k = layer.Q @ token, layer.K @ token  # (H, R)
+        gate = torch.sigmoid(layer.G @ token + layer.bias)
+        state = gate[:, None, None] * state + k.unsqueeze(2) * k.unsqueeze(1)
+        force = torch.einsum("arq,aq,ard->d", state, q, layer.Q)
+        assert_close(layer(h)[t], token + force, 1e-12)
 
 
 def test_the_squared_interaction_knows_its_past_by_one_matrix_a_head():

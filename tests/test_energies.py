@@ -41,6 +41,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "gated_linear_attention",
     "squared_interaction",
     "subspace_compression",
     "polynomial_memory",

@@ -346,10 +346,11 @@ def dense_linear(q, k, v, log_decay=None, visible=None, causal=True, state=None)
     rows, columns = q.shape[-2], k.shape[-2]
     seen = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows if causal else columns)
     seen = seen if visible is None else seen & visible
-    total = (k.new_zeros(1, 1, columns) if log_decay is None else log_decay).cumsum(-1)
-    decay = (total[..., columns - rows :, None] - total[..., None, :]).masked_fill(~seen, -math.inf)
-    out = (decay.exp() * (q @ k.mT)) @ v
-    return out if state is None else out + total[..., columns - rows :, None].exp() * (q @ state)
+    gates = (k.new_zeros(1, 1, columns) if log_decay is None else log_decay).unsqueeze(-2)
+    gates = torch.where(seen, gates, 0.0)  # (B, H, T, S)
+    after = torch.triu(torch.ones(columns, columns, dtype=gates.dtype), 1) @ gates.unsqueeze(-1)
+    out = torch.where(seen, after.squeeze(-1).exp() * (q @ k.mT), 0.0) @ v
+    return out if state is None else out + gates.sum(-1, keepdim=True).exp() * (q @ state)
 
 
 def linear_inputs(length, decay=(B, H), state=True, rows=None, dtype=torch.float64):

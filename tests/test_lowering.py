@@ -191,6 +191,7 @@ def test_code_is_the_program(case):
         "x": x,
         "visible": visible,
         "causal": False,
+        "states": None,
         **dict(layer.named_parameters()),
     }
     known |= {f"{name}_": value for name, value in known.items()}

@@ -21,6 +21,7 @@ from sympy import Add, Expr, Indexed, Mul, Number, NumberSymbol, Pow, Rational, 
 from ..language import words
 from ..language.positions import Rope
 from ..language.symbols import LogSumExp, Ravel, Softmax, is_word
+from ..language.tokens import Decay
 from ..language.words import word_of
 from .gradient import depends_on_state
 
@@ -171,6 +172,8 @@ class _Proof:
                 # At least max(body), and 0 over an empty visible set: a sign of +1 is kept.
                 body = self.facts(node.body)
                 return _Facts(body.convex, sign=max(body.sign, 0)), f"log-sum-exp of {body.result}"
+            case Decay():
+                return _Facts(sign=1), "decay"
             case Softmax():
                 self.facts(node.body)
                 return _Facts(sign=1), "softmax over a score that moves"

@@ -26,6 +26,7 @@ from ..language.symbols import (
     split,
     total,
 )
+from ..language.tokens import Decay
 from ..language.words import word_of
 
 
@@ -145,6 +146,10 @@ def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozense
             yield body, rename(adjoint, {idx: slot}), (scope - {idx}).union(split(slot))
         case Rope():
             yield node.body, node.of(adjoint, inverse=True), scope
+        case Decay():
+            raise ValueError(
+                f"a decay that reads the context has no derivative for it: got {node}; leave `joint=True` out"
+            )
         case _ if is_word(node):
             yield node.args[0], adjoint * word_of(node.func).derivative(node.args[0]), scope
         case _:

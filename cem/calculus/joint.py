@@ -13,7 +13,7 @@ from sympy import Add, Expr, Idx, Indexed, Mul, Sum
 from ..language.canonical import canonical, free_indices, rename
 from ..language.positions import TOKEN_POSITION, ContextPosition, Rope, TokenPosition
 from ..language.symbols import SEQ, Context, Frozen, Ravel, State, index, size_of, split, total
-from ..language.tokens import TokenSum
+from ..language.tokens import Decay, TokenSum
 from .gradient import gradient, output_index, sweep
 
 
@@ -98,7 +98,7 @@ def _moves(factor: Expr) -> bool:
     """Whether a factor differs between the tokens that look, for one and the same token that is seen."""
     if isinstance(factor, Indexed):
         return isinstance(factor.base, State | Frozen)
-    if isinstance(factor, TokenPosition) or factor == SEQ:
+    if isinstance(factor, TokenPosition | Decay) or factor == SEQ:
         return True
     return any(_moves(arg) for arg in factor.args if isinstance(arg, Expr))
 

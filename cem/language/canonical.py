@@ -24,7 +24,7 @@ from .symbols import (
     split,
     total,
 )
-from .tokens import TokenSum
+from .tokens import Decay, TokenSum
 from .words import Activation, only, relu, step
 
 Indices = frozenset[Idx]
@@ -60,7 +60,7 @@ def free_indices(expression: Expr) -> Indices:
             return free_indices(expression.function) - {limit[0] for limit in expression.limits}
         case LogSumExp() | TokenSum():
             return free_indices(expression.body) - {expression.index}
-        case Softmax():
+        case Softmax() | Decay():
             return free_indices(expression.body) | {expression.index}
         case Ravel():
             body, slot, idx = expression.args
@@ -126,9 +126,9 @@ class _Renamer:
             case LogSumExp() | TokenSum():
                 idx, inner = self.bind(expression.index, names)
                 return expression.func(self.visit(expression.body, inner), idx)
-            case Softmax():
-                # The index of a softmax stays free; it is renamed with its body.
-                return Softmax(
+            case Softmax() | Decay():
+                # The index stays free; it is renamed with its body.
+                return expression.func(
                     self.visit(expression.body, names),
                     names.get(expression.index, expression.index),
                 )
@@ -175,7 +175,7 @@ def has_parts(expression: Basic) -> bool:
     if (
         isinstance(
             expression,
-            Idx | Sum | LogSumExp | TokenSum | Softmax | Ravel | Rope | Lookup | Activation,
+            Idx | Sum | LogSumExp | TokenSum | Decay | Softmax | Ravel | Rope | Lookup | Activation,
         )
         or expression.is_Float
     ):
@@ -246,6 +246,11 @@ class _Normaliser(_Renamer):
                 return Mul(*outside, self.sum(body, tuple(limit[0] for limit in factor.limits)))
         if outside and len(inside) == 1 and inside[0].is_Add:
             return Mul(*outside, self.sum_one(inside[0], idx))
+        if len(inside) == 1 and isinstance(inside[0], Sum) and size_of(idx) == SEQ:
+            # What does not depend on the token comes out of the sum over tokens.
+            limits = tuple(limit[0] for limit in inside[0].limits)
+            if SEQ not in map(size_of, limits):
+                return Mul(*outside, self.sum(self.sum_one(inside[0].function, idx), limits))
         return Mul(*outside, total(Mul(*inside), (idx,)))
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:

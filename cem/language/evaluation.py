@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .positions import Lookup, Rope, turned
 from .symbols import SEQ, LogSumExp, Ravel, Softmax, is_word, size_of, split
+from .tokens import Decay, later
 from .words import only, word_of
 
 Axes = tuple[Idx, ...]
@@ -93,6 +94,10 @@ class Evaluator:
                     return self._reduce(torch.sum, (tensor, axes), expression.index)
                 target = _seen_logsumexp if expression.body.has(only) else torch.logsumexp
                 return self._reduce(target, (tensor, axes), expression.index)
+            case Decay():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                place = axes.index(expression.index)
+                return later(tensor.movedim(place, -1)).exp().movedim(-1, place), axes
             case Softmax():
                 tensor, axes = self._with(self.value(expression.body), expression.index)
                 target = _seen_softmax if expression.body.has(only) else torch.softmax

@@ -12,6 +12,7 @@ from sympy import E as euler
 from . import symbols
 from .positions import Lookup, Rope
 from .symbols import LogSumExp, NamedArray, Ravel, Softmax
+from .tokens import Decay
 from .words import WORDS
 
 VERSION = 1
@@ -33,6 +34,7 @@ REDUCTIONS = {
     "Ravel": Ravel,
     "Rope": Rope,
     "Lookup": Lookup,
+    "Decay": Decay,
 }
 CONSTANTS = {"pi": pi, "E": euler}
 LEAVES = ("entry", "float", "index", "position", "rational", "scalar")

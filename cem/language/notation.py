@@ -16,6 +16,7 @@ from . import symbols
 from .order import is_negative, negated, parts, place, terms
 from .positions import ContextPosition, Lookup, Rope, TokenPosition
 from .symbols import SEQ, LogSumExp, Ravel, Softmax, size_of, split
+from .tokens import Decay, TokenSum
 from .words import log_cosh, word_of
 
 GREEK = dict(
@@ -165,6 +166,10 @@ class _Notation:
                 return self.entry("t", ())
             case Rope():
                 return self.rotated(self.show(node.position), self.show(node.body))
+            case Decay():
+                return self.decayed(node.index, self.show(node.body))
+            case TokenSum():
+                return self.received(node.index, self.body(node.body))
             case Lookup():
                 body, idx, number = node.args
                 return self.looked_up(self.show(body), idx, self.show(number))
@@ -276,6 +281,12 @@ class _Latex(_Notation):
     def looked_up(self, shown: str, idx: Idx, number: str) -> str:
         return rf"\left[{shown}\right]_{{{self.index(idx)} = {number}}}"
 
+    def decayed(self, idx: Idx, shown: str) -> str:
+        return rf"\operatorname{{decay}}_{{{self.index(idx)}}}\left({shown}\right)"
+
+    def received(self, idx: Idx, shown: str) -> str:
+        return rf"\sum_{{t :\, {self.index(idx)} \in V(t)}} {shown}"
+
     def rotated(self, position: str, shown: str) -> str:
         return rf"\operatorname{{rope}}_{{{position}}}\left({shown}\right)"
 
@@ -340,6 +351,12 @@ class _Text(_Notation):
 
     def looked_up(self, shown: str, idx: Idx, number: str) -> str:
         return f"[{shown}]_{{{self.index(idx)}={number}}}"
+
+    def decayed(self, idx: Idx, shown: str) -> str:
+        return f"decay_{self.index(idx)}({shown})"
+
+    def received(self, idx: Idx, shown: str) -> str:
+        return f"Σ_{{t: {self.index(idx)}∈V(t)}} {shown}"
 
     def rotated(self, position: str, shown: str) -> str:
         return f"rope_{{{position}}}({shown})" if len(position) > 1 else f"rope_{position}({shown})"

@@ -68,7 +68,7 @@ class Reader(Walk):
                 body = self.tree(args[0], f"{path}[0]", depth + 1)
                 slot = self.slot(args[1], f"{path}[1]", depth)
                 return Ravel(body, slot, self.index(args[2], f"{path}[2]", depth))
-            case "Sum" | "LogSumExp" | "Softmax":
+            case "Sum" | "LogSumExp" | "Softmax" | "Decay":
                 body = self.tree(args[0], f"{path}[0]", depth + 1)
                 bound = [self.index(args[k], f"{path}[{k}]", depth) for k in range(1, len(args))]
                 if word == "Sum":
@@ -84,7 +84,9 @@ class Reader(Walk):
     def check_count(self, word: str, count: int, path: str) -> None:
         counts = {"float": 3, "Ravel": 3, "Lookup": 3, "Rope": 6, **dict.fromkeys(CONSTANTS, 0)}
         counts |= {"position": 0}
-        counts |= dict.fromkeys(("rational", "index", "entry", "Sum", "LogSumExp", "Softmax"), 2)
+        counts |= dict.fromkeys(
+            ("rational", "index", "entry", "Sum", "LogSumExp", "Softmax", "Decay"), 2
+        )
         counts |= dict.fromkeys(ARITHMETIC, 2)
         least = counts.get(word, 1)
         open_ended = word in ("Add", "Mul", "Sum", "entry", "Rope")

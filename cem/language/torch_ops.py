@@ -17,6 +17,7 @@ from . import torch_reductions as reductions
 from . import torch_shapes as shapes
 from . import words
 from .positions import rope
+from .tokens import decay
 from .torch_tensor import Untranslatable, elementwise, lift
 
 ALIASES = {
@@ -197,6 +198,8 @@ def call(target: str | Callable, arguments: tuple, options: dict):
     """Apply an operation of torch, a method by its name or a function, to symbolic tensors."""
     if isinstance(target, type) and issubclass(target, words.Activation):
         return elementwise(target, *arguments)
+    if target is decay:
+        return reductions.decayed(*arguments)
     if target is rope:
         return pointwise.turned(*arguments, **options)
     if arguments and callable(target) and all(isinstance(one, int | float) for one in arguments):

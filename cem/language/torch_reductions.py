@@ -6,7 +6,8 @@ import operator
 
 from sympy import Abs, Expr, Idx, Mul, sqrt
 
-from .symbols import LogSumExp, Softmax, total
+from .symbols import SEQ, LogSumExp, Softmax, size_of, total
+from .tokens import Decay
 from .torch_tensor import Untranslatable, Value, elementwise, lift, place, product, reduce
 
 
@@ -93,3 +94,11 @@ def _softmax_axis(input: Value, dim) -> tuple[Idx, ...]:
     if dim is None:
         raise Untranslatable("a softmax needs the axis that it sums over: type `dim=-1`")
     return tuple(reversed(input.axes[place(input.ndim, dim)]))
+
+
+def decayed(input) -> Value:
+    """What is left of each context token, along the last axis."""
+    value = lift(input)
+    if not value.axes or len(value.axes[-1]) != 1 or size_of(value.axes[-1][0]) != SEQ:
+        raise Untranslatable("`decay` runs along the context: give a tensor of shape (..., seq)")
+    return Value(Decay(value.expression, value.axes[-1][0]), value.axes)

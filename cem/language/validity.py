@@ -7,6 +7,7 @@ from sympy import Expr, Function, Idx, Indexed, S, Sum, Symbol
 from .canonical import free_indices
 from .positions import Lookup, Rope
 from .symbols import Context, NamedArray, State
+from .tokens import Decay
 from .words import only, word_of
 
 UNREAL = tuple(
@@ -52,7 +53,9 @@ def _check_nodes(expression: Expr, name: str) -> None:
                         ' `dim.index("i")` or `x.index("s")`'
                     )
             continue
-        if isinstance(node, Lookup | Rope) or (isinstance(node, Function) and node.func is only):
+        if isinstance(node, Lookup | Rope | Decay) or (
+            isinstance(node, Function) and node.func is only
+        ):
             _check_fixed(node, name)
         stack += [arg for arg in node.args if isinstance(arg, Expr) and not isinstance(arg, Idx)]
         if isinstance(node, NamedArray):
@@ -78,7 +81,7 @@ def _check_nodes(expression: Expr, name: str) -> None:
 
 def _check_fixed(node: Expr, name: str) -> None:
     """Refuse a number to look up, a rotation or a condition that moves with the state."""
-    what = {Lookup: "lookup", Rope: "rope"}.get(type(node), "only")
+    what = {Lookup: "lookup", Rope: "rope", Decay: "decay"}.get(type(node), "only")
     parts = node.args if what != "rope" else (node.position,)
     if any(isinstance(leaf.base, State) for part in parts for leaf in part.atoms(Indexed)):
         raise ValueError(

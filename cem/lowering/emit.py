@@ -28,11 +28,12 @@ from ..language.symbols import (
     spelling,
     split,
 )
-from ..language.tokens import TokenSum
+from ..language.tokens import Decay, TokenSum
 from ..language.words import word_of
 from . import kernels
 from .attention import AttentionGroups
 from .bilinear import EXACT, split_conditions
+from .linear_attention import LinearAttention
 from .ops import Ops
 from .places import Places
 from .values import BATCH, TOKEN, Value, is_placed, is_seq
@@ -58,7 +59,8 @@ class Emitter:
         self.numbers: dict[Expr, float | int | None] = {}
         self.batched = batched
         self.ops = Ops(self.graph, self.size)
-        self.groups = AttentionGroups(self) if batched else None
+        self.groups = AttentionGroups(self)
+        self.linear = LinearAttention(self)
         self.inputs: dict[str, fx.Node] = {}
         self.mask: fx.Node | None = None
         self.memo: dict[Expr, Value] = {}
@@ -155,6 +157,10 @@ class Emitter:
                 return self.logsumexp(expression)
             case Softmax():
                 return self.softmax(expression)
+            case Decay():
+                body, idx = expression.args
+                value, mask = self.lower(body), self.visible(idx)
+                return self.ops.reduce(kernels.decayed, value, idx, mask, keep=True)
             case Ravel():
                 return self.ravel(expression)
             case TokenSum():
@@ -205,10 +211,13 @@ class Emitter:
 
     def count(self) -> Value:
         """The number of visible context tokens."""
-        mask = self.visible(SEQ.index("s"))
-        node = self.ops.call("sum", mask.node, -1)
-        node = self.ops.call("type_as", node, self.input("h"), name="visible_count")
-        return Value(node, mask.axes[:-1])
+        if not self.batched:
+            mask = self.visible(SEQ.index("s"))
+            node = self.ops.call("sum", mask.node, -1)
+            node = self.ops.call("type_as", node, self.input("h"), name="visible_count")
+            return Value(node, mask.axes[:-1])
+        inputs = map(self.input, ("visible", "causal", "h", "x"))
+        return Value(self.ops.call(kernels.visible_count, *inputs, name="count"), (BATCH, TOKEN))
 
     def add(self, expression: Expr) -> Value:
         total = None
@@ -279,10 +288,10 @@ class Emitter:
     def sum(self, expression: Sum) -> Value:
         over = frozenset(limit[0] for limit in expression.limits)
         factors = Mul.make_args(expression.function)
-        if self.groups is not None:
-            attended = self.groups.attended(factors, over)
-            if attended is not None:
-                value, outside, left = attended
+        for pattern in (self.groups.attended, self.linear.summed) if self.batched else ():
+            found = pattern(factors, over)
+            if found is not None:
+                value, outside, left = found
                 values = [value, *map(self.lower, outside)]
                 return self.ops.contract(values, left)
         return self.product(factors, over)
@@ -299,7 +308,7 @@ class Emitter:
         return mask
 
     def logsumexp(self, expression: LogSumExp) -> Value:
-        if self.groups is not None and is_seq(expression.index):
+        if self.batched and is_seq(expression.index):
             value = self.groups.logsumexp(expression)
             if value is not None:
                 return value
@@ -333,7 +342,7 @@ class Emitter:
     def received(self, body: Expr, s: Idx) -> Value:
         """The sum over the tokens that see a token, which the index s stands for."""
         factors = Mul.make_args(body)
-        if self.groups is not None:
+        if self.batched:
             value = self.groups.received(factors, s)
             if value is not None:
                 return value

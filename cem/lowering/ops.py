@@ -40,11 +40,16 @@ class Ops:
         self.graph = graph
         self.size = size
         self.kernels: set[str] = set()
+        self.kept: dict[fx.Node, str] = {}
 
     def call(self, target, *args, name: str | None = None, **kwargs) -> fx.Node:
         if isinstance(target, str):
             return self.graph.create_node("call_method", target, args, kwargs, name=name)
         return self.graph.create_node("call_function", target, args, kwargs, name=name)
+
+    def keep(self, node: fx.Node, how: str) -> None:
+        """Mark what a decoder keeps of the context: ``"append"`` along the tokens, ``"state"``, or the ``"new"``."""
+        self.kept.setdefault(node, how)
 
     # -- layout ---------------------------------------------------------------------------------------------
 

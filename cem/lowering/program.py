@@ -13,7 +13,7 @@ from torch import fx
 from .emit import Emitter
 from .values import Value, is_placed
 
-INPUTS = ("h", "frozen", "x", "visible", "causal", "position", "context_position")
+INPUTS = ("h", "frozen", "x", "visible", "causal", "position", "context_position", "states")
 """Names of a program's inputs; parameters and learned scalars follow under their own names."""
 
 
@@ -55,7 +55,7 @@ def program(emitter: Emitter, expressions: Sequence[Expr], over: Idx | None = No
     if first.is_Add and first.could_extract_minus_sign():
         scale, first = -scale, -first
     expressions = [first, *expressions[1:]]
-    if emitter.groups is not None:
+    if emitter.batched:
         emitter.groups.collect(expressions)
     emitter.input("h")
     axes = [() if over is None else (over,), *(() for _ in expressions[1:])]

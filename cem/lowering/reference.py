@@ -100,9 +100,11 @@ def map_tokens(
     causal: bool,
     position: Tensor | None,
     context_position: Tensor | None,
+    states: None,
     *parameters: Tensor,
 ) -> Tensor:
     """Apply a function of one token to every token of every sequence."""
+    del states
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
     own, others = _rows(position, len(h)), _rows(context_position, len(h))
@@ -123,9 +125,11 @@ def loop_tokens(
     causal: bool,
     position: Tensor | None,
     context_position: Tensor | None,
+    states: None,
     *parameters: Tensor,
 ) -> Tensor:
     """What ``map_tokens`` does, one token after the other: for callables that branch on their data."""
+    del states
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
     own, others = _rows(position, len(h)), _rows(context_position, len(h))

@@ -20,6 +20,7 @@ from ..language.symbols import (
     index,
     size_of,
 )
+from ..language.tokens import Decay
 
 BATCH = index("batch", Dim("batch"))
 TOKEN = index("t", Dim("tokens"))
@@ -78,7 +79,7 @@ def _reduced(node: Expr) -> frozenset[Idx]:
     match node:
         case Sum():
             return frozenset(limit[0] for limit in node.limits)
-        case LogSumExp() | Softmax():
+        case LogSumExp() | Softmax() | Decay():
             return frozenset((node.index,))
     return frozenset()
 

@@ -8,8 +8,23 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 from .attention import attention_with_logsumexp, transposed_attention
 from .banded import banded_attention
 from .grouped import decode_attention, grouped_attention
-from .linear import linear_attention, linear_memory, linear_recall
-from .masked import bias, masked_logsumexp, masked_softmax, one_unseen, seen, zero_unseen
+from .linear import (
+    decayed,
+    linear_attention,
+    linear_context,
+    linear_memory,
+    linear_recall,
+    linear_recalled,
+)
+from .masked import (
+    bias,
+    masked_logsumexp,
+    masked_softmax,
+    one_unseen,
+    seen,
+    visible_count,
+    zero_unseen,
+)
 from .places import exact_parts, lookup, rotate, settled, turns
 
 __all__ = [
@@ -19,9 +34,12 @@ __all__ = [
     "decode_attention",
     "exact_parts",
     "grouped_attention",
+    "decayed",
     "linear_attention",
+    "linear_context",
     "linear_memory",
     "linear_recall",
+    "linear_recalled",
     "lookup",
     "masked_logsumexp",
     "masked_softmax",
@@ -31,5 +49,6 @@ __all__ = [
     "settled",
     "transposed_attention",
     "turns",
+    "visible_count",
     "zero_unseen",
 ]

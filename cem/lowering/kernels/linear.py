@@ -5,7 +5,7 @@ No positive number is ever exponentiated where s <= t, and a log decay of -inf, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ def linear_attention(
     causal: bool = True,
     state: Tensor | None = None,
 ) -> Tensor:
-    """out_t = sum_s exp(D_t - D_s) (q_t.k_s) v_s + exp(D_t) q_t.state, with D the running sum of ``log_decay``.
+    """out_t = sum_s exp(D_ts) (q_t.k_s) v_s + exp(D_t) q_t.state, with D_ts the sum of ``log_decay`` after s.
 
-    The sum runs over the s that are visible and, when causal, at most t. The T tokens are the last of the S of the
-    context. Causal attention of a sequence over itself goes chunk by chunk, attention without order and without decay
-    is two products; anything else, a mask with a row for each token among it, takes the dense product of T x S.
+    The sums run over the tokens that are visible and, when causal, at most t; D_t is that over all of them. The T
+    tokens are the last of the S of the context. Causal attention of a sequence over itself goes chunk by chunk,
+    attention without order and without decay is two products; anything else, a mask with a row for each token among
+    it, takes the dense product of T x S.
 
     Args:
         q: queries (B, H, T, E).
@@ -52,12 +53,59 @@ def linear_attention(
     T, S = q.shape[-2], k.shape[-2]
     if visible is not None and visible.shape[-2] == 1:
         k = k.masked_fill(~visible.transpose(-1, -2), 0.0)
+        log_decay = None if log_decay is None else log_decay.masked_fill(~visible[:, :, 0], 0.0)
         visible = None
     if visible is None and causal and T == S:
         return linear_recall(q, k, v, log_decay, linear_memory(k, v, log_decay, state))
     if visible is None and not causal and log_decay is None:
         return q @ linear_memory(k, v, None, state)[:, :, -1].to(q.dtype)
     return _dense(q, k, v, log_decay, visible, causal, state)
+
+
+def linear_context(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    visible: Tensor | None,
+    causal: bool,
+    states: Sequence[Tensor | None] | None,
+    number: int,
+) -> Tensor | None:
+    """What :func:`linear_recalled` can know of the context alone, or None where it takes the dense product.
+
+    ``states`` are what earlier tokens left, this one's at ``number``; with them the context is the tokens that came
+    after, without a mask.
+    """
+    if states is not None:
+        return linear_memory(k, v, log_decay, states[number])
+    if visible is None and (causal or log_decay is None):
+        return linear_memory(k, v, log_decay)
+    return None
+
+
+def linear_recalled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    visible: Tensor | None,
+    causal: bool,
+    states: Sequence[Tensor | None] | None,
+    memory: Tensor | None,
+) -> Tensor:
+    """:func:`linear_attention` from the ``memory`` of :func:`linear_context`."""
+    if states is not None or (memory is not None and causal):
+        return linear_recall(q, k, v, log_decay, memory)
+    if memory is not None:
+        return q @ memory[:, :, -1].to(q.dtype)
+    return linear_attention(q, k, v, log_decay, visible, causal)
+
+
+def decayed(log_decay: Tensor, visible: Tensor, dim: int) -> Tensor:
+    """exp of the sum of the visible entries after each one along an axis."""
+    seen = torch.where(visible, log_decay, 0.0).movedim(dim, -1)
+    later = F.pad(seen[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    return later.exp().movedim(-1, dim)
 
 
 def linear_memory(
@@ -132,12 +180,11 @@ def _dense(q, k, v, log_decay, visible, causal, state) -> Tensor:
     seen = seen if visible is None else seen & visible
     weights = (q @ k.transpose(-1, -2)).masked_fill(~seen, 0.0)
     if log_decay is not None:
-        past = _between(log_decay)
-        both = (past - past.transpose(-1, -2))[..., S - T :, :]
-        weights = weights * both.masked_fill(~seen, -math.inf).exp().to(weights.dtype)
+        weights = weights * decayed(log_decay.unsqueeze(-2), seen, -1).to(weights.dtype)
     out = weights @ v
     if state is None:
         return out
     if log_decay is not None:
-        q = q * log_decay.cumsum(-1)[..., S - T :].exp().unsqueeze(-1).to(q.dtype)
+        kept = torch.where(seen, log_decay.unsqueeze(-2), 0.0).sum(-1, keepdim=True)
+        q = q * kept.exp().to(q.dtype)
     return out + q @ state.to(q.dtype)

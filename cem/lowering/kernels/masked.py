@@ -18,6 +18,15 @@ def seen(visible: Tensor | None, causal: bool, holds: Tensor) -> Tensor:
     return holds.tril() if causal else holds
 
 
+def visible_count(visible: Tensor | None, causal: bool, h: Tensor, x: Tensor) -> Tensor:
+    """How many tokens of the context x (B, S, D) each token of h (B, T, D) sees, (B or 1, T), in the type of h."""
+    if visible is not None:
+        return visible.squeeze(1).sum(-1).to(h.dtype)
+    if causal:
+        return torch.arange(1, h.shape[1] + 1, dtype=h.dtype, device=h.device)[None]
+    return h.new_full((1, h.shape[1]), x.shape[1])
+
+
 def bias(visible: Tensor | None, causal: bool, bias: Tensor) -> Tensor:
     """A bias of scores (B or 1, H or 1, T, S) with minus infinity where nothing is visible."""
     if visible is not None:
