@@ -27,15 +27,24 @@ from .language.words import (
 )
 from .layer import EnergyLayer, derive
 from .lowering import LoweringError
-from .preconditioner import AbstractPreconditioner, Diagonal, ScaledIdentity
+from .preconditioner import (
+    AbstractPreconditioner,
+    BlockDiagonal,
+    Diagonal,
+    DiagonalPlusLowRank,
+    NormJacobian,
+    ScaledIdentity,
+)
 from .trace import EnergyTrace, LayerTrace, trace
 from .update import AbstractUpdate, GradientDescent
 
 __all__ = [
     "AbstractPreconditioner",
     "AbstractUpdate",
+    "BlockDiagonal",
     "Derivation",
     "Diagonal",
+    "DiagonalPlusLowRank",
     "Dim",
     "Energy",
     "EnergyLayer",
@@ -43,6 +52,7 @@ __all__ = [
     "GradientDescent",
     "LayerTrace",
     "LoweringError",
+    "NormJacobian",
     "ScaledIdentity",
     "__version__",
     "alibi_slopes",

@@ -325,7 +325,8 @@ def _layer_facts(layer) -> Iterator[Block]:
     if preconditioner is None:
         told += [", and ", Math("P", "P"), " is the identity."]
     else:
-        told += [", and ", Math("P", "P"), f" is {preconditioner!r}, positive semi-definite."]
+        definite = ", positive semi-definite" if preconditioner.definite else ""
+        told += [", and ", Math("P", "P"), f" is {preconditioner!r}{definite}."]
     yield paragraph(*told)
     norm = getattr(layer, "norm", None)
     if norm is not None and type(norm).__name__ != "Identity":

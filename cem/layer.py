@@ -6,7 +6,7 @@ Legend: B batch, T tokens, S context tokens, D dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from sympy import Symbol
@@ -17,7 +17,7 @@ from .initialisation import initialise
 from .inputs import Reader, Seen
 from .language.symbols import Scalar
 from .lowering import Lowering, lower
-from .preconditioner import AbstractPreconditioner
+from .preconditioner import AbstractPreconditioner, preconditioner_of
 from .sizes import check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
 
@@ -150,13 +150,13 @@ class EnergyLayer(nn.Module):
                 g = self.norm(h)
                 frozen = g if self.refresh == "step" else frozen
             gradient = self.lowering.gradient(g, frozen, *seen, *values, *fixed)
-            h, state = self.move(h, gradient, state)
+            h, state = self.move(h, gradient, state, step)
         return h.reshape(shape)
 
-    def move(self, h: Tensor, gradient: Tensor, state):
+    def move(self, h: Tensor, gradient: Tensor, state, step: int):
         """One update of h (B, T, D) along what ``lowering.gradient`` returned."""
         if self.preconditioner is not None:
-            gradient = self.preconditioner(gradient)
+            gradient = self.preconditioner(gradient, h, step)
         return self.update.update(h, gradient, state, self.lowering.scale)
 
     def values(self) -> tuple[Tensor, ...]:
@@ -243,7 +243,10 @@ def derive(
     causal: bool = True,
     steps: int = 1,
     update: AbstractUpdate | None = None,
-    preconditioner: AbstractPreconditioner | Callable[[int], AbstractPreconditioner] | None = None,
+    preconditioner: AbstractPreconditioner
+    | Callable[[int], AbstractPreconditioner]
+    | Sequence
+    | None = None,
     norm: nn.Module | Callable[[int], nn.Module] | None = None,
     refresh: str = "layer",
     lowering: str = "auto",
@@ -261,7 +264,8 @@ def derive(
         causal: token t sees the context tokens s <= t; otherwise all of them.
         steps: updates with the same parameters and the same context.
         update: an update rule; ``cem.GradientDescent()`` if None.
-        preconditioner: P, a module or a class that is called with the width of the state; the identity if None.
+        preconditioner: P, a module or a class that is called with the width of the state, or a list of them, one
+            a step; the identity if None.
         norm: a module, or a class called with the width, in front of the energy: state and context are read
             through it, the gradient is taken with respect to its output and moves h. A context of another width
             than the state is read as it is.
@@ -312,6 +316,7 @@ def derive(
         raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
     if refresh not in REFRESH:
         raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
+    norm = _made_norm(norm, width)
     layer = EnergyLayer(
         energy,
         sizes,
@@ -320,19 +325,16 @@ def derive(
         causal=causal,
         steps=steps,
         update=GradientDescent() if update is None else update,
-        preconditioner=_made(preconditioner, width),
-        norm=nn.Identity() if norm is None else _made(norm, width),
+        preconditioner=preconditioner_of(preconditioner, width, steps, norm),
+        norm=norm,
         refresh=refresh,
         lowering=lowering,
     )
     return layer.to(device=device, dtype=dtype)
 
 
-def _made(part: nn.Module | Callable | None, width: int) -> nn.Module | None:
+def _made_norm(norm: nn.Module | Callable[[int], nn.Module] | None, width: int) -> nn.Module:
     """A module as it is; a class called with the width."""
-    if isinstance(part, AbstractPreconditioner) and part.dim != width:
-        kind = type(part).__name__
-        raise ValueError(
-            f"the preconditioner has dim={part.dim} and the state {width}: got {part}; type `cem.{kind}({width})`"
-        )
-    return part if part is None or isinstance(part, nn.Module) else part(width)
+    if norm is None:
+        return nn.Identity()
+    return norm if isinstance(norm, nn.Module) else norm(width)

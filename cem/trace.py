@@ -173,7 +173,7 @@ def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: boo
             # Between steps at fixed gates the energy after one is the energy before the next.
             if after and step and layer.refresh == "layer":
                 later.append(energy)
-            h, state = layer.move(h, gradient, state)
+            h, state = layer.move(h, gradient, state, step)
             g = layer.norm(h)
             seen.append(g)
             if after and (layer.refresh == "step" or step + 1 == layer.steps):

@@ -33,7 +33,7 @@ def reference_update(
     steps: int = 1,
     refresh: str = "layer",
     norm: Callable[[Tensor], Tensor] | None = None,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    preconditioner: Callable[..., Tensor] | None = None,
     **parameters_and_scalars: float | Tensor,
 ) -> Tensor:
     """The state after ``steps`` updates, by definition.
@@ -52,7 +52,8 @@ def reference_update(
         visible: bool, True where a token may look: (..., S) or (..., T, S), beside causality.
         positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
-        step_size, steps, refresh, norm, preconditioner: as in :func:`cem.derive`.
+        step_size, steps, refresh, norm: as in :func:`cem.derive`.
+        preconditioner: called as ``preconditioner(gradient, h, step)``.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
 
     Returns:
@@ -74,7 +75,9 @@ def reference_update(
         if step and refresh == "step":
             frozen = g
         gradient = tokens.each(derivative, g, frozen).reshape(h.shape)
-        states = states - step_size * (preconditioner or _same)(gradient)
+        if preconditioner is not None:
+            gradient = preconditioner(gradient, states, step)
+        states = states - step_size * gradient
     return states
 
 
