@@ -36,7 +36,7 @@ from .preconditioner import (
     ScaledIdentity,
 )
 from .trace import EnergyTrace, LayerTrace, trace
-from .update import AbstractUpdate, GradientDescent
+from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov
 
 __all__ = [
     "AbstractPreconditioner",
@@ -52,6 +52,8 @@ __all__ = [
     "GradientDescent",
     "LayerTrace",
     "LoweringError",
+    "Momentum",
+    "Nesterov",
     "NormJacobian",
     "ScaledIdentity",
     "__version__",

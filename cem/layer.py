@@ -12,6 +12,7 @@ import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
+from .descent import LayerObjective, carried, descend
 from .energy import Energy
 from .initialisation import initialise
 from .inputs import Reader, Seen
@@ -113,7 +114,8 @@ class EnergyLayer(nn.Module):
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-    ) -> Tensor:
+        memory: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The state after ``steps`` updates.
 
         Args:
@@ -126,38 +128,40 @@ class EnergyLayer(nn.Module):
                 last T context tokens if None, or 0, 1, ... for a layer that is not causal.
             context_positions: (S,) or (..., S); ``positions`` if the context is None, else 0, 1, ...
             document_ids: whole numbers (..., S): tokens see those of their own document only.
+            memory: what a rule with momentum remembers, (..., T, D), to be carried from layer to layer: the first
+                gets ``layer.update.init(h)``, the next what this one returns.
 
         Returns:
-            states, shape (..., T, D).
+            states, shape (..., T, D); the pair (states, memory) if a memory is given.
         """
         shape = h.shape
-        h, g, seen = self.reader(
-            self.norm,
+        h, first = self.begin(
             h,
             context=context,
             visible=visible,
             positions=positions,
             context_positions=context_positions,
             document_ids=document_ids,
-            dense=self.lowering.needs_mask,
         )
-        values = self.values()
-        frozen = g
-        fixed = self.lowering.prepare(g, frozen, *seen, *values)
-        state = self.update.init(h)
-        for step in range(self.steps):
-            if step:
-                g = self.norm(h)
-                frozen = g if self.refresh == "step" else frozen
-            gradient = self.lowering.gradient(g, frozen, *seen, *values, *fixed)
-            h, state = self.move(h, gradient, state, step)
-        return h.reshape(shape)
+        if memory is None:
+            return descend(self, first, h)[0].reshape(shape)
+        h, memory = descend(self, first, h, carried(self, memory, shape).reshape(h.shape))
+        return h.reshape(shape), memory.reshape(shape)
 
-    def move(self, h: Tensor, gradient: Tensor, state, step: int):
-        """One update of h (B, T, D) along what ``lowering.gradient`` returned."""
-        if self.preconditioner is not None:
-            gradient = self.preconditioner(gradient, h, step)
-        return self.update.update(h, gradient, state, self.lowering.scale)
+    def begin(
+        self,
+        h: Tensor,
+        *,
+        dense: bool = False,
+        kind: type[LayerObjective] = LayerObjective,
+        **inputs: Tensor | None,
+    ) -> tuple[Tensor, LayerObjective]:
+        """States (B, T, D) from the inputs of :meth:`forward`, and what the first step descends."""
+        dense = dense or self.lowering.needs_mask
+        h, g, seen = self.reader(self.norm, h, dense=dense, **inputs)
+        values = self.values()
+        fixed = self.lowering.prepare(g, g, *seen, *values)
+        return h, kind(self, g, g, seen, values, fixed)
 
     def values(self) -> tuple[Tensor, ...]:
         """Parameters and learned scalars in the order in which the lowering takes them."""
@@ -317,6 +321,9 @@ def derive(
     if refresh not in REFRESH:
         raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
     norm = _made_norm(norm, width)
+    update = GradientDescent() if update is None else update
+    preconditioner = preconditioner_of(preconditioner, width, steps, norm)
+    update.check(energy, steps, preconditioner)
     layer = EnergyLayer(
         energy,
         sizes,
@@ -324,8 +331,8 @@ def derive(
         learn=learn,
         causal=causal,
         steps=steps,
-        update=GradientDescent() if update is None else update,
-        preconditioner=preconditioner_of(preconditioner, width, steps, norm),
+        update=update,
+        preconditioner=preconditioner,
         norm=norm,
         refresh=refresh,
         lowering=lowering,

@@ -25,6 +25,7 @@ FLOORS = (
     ("derivation",),
     ("energy",),
     ("lowering", "sizes", "initialisation", "inputs", "update", "preconditioner"),
+    ("descent",),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

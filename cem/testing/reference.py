@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from sympy import Expr
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..energy import Energy
 from ..layer import EnergyLayer
+from ..update import AbstractUpdate
 
 
 def reference_update(
@@ -30,6 +32,7 @@ def reference_update(
     document_ids: Tensor | None = None,
     causal: bool = True,
     step_size: float | Tensor = 1.0,
+    update: AbstractUpdate | None = None,
     steps: int = 1,
     refresh: str = "layer",
     norm: Callable[[Tensor], Tensor] | None = None,
@@ -42,8 +45,9 @@ def reference_update(
 
     One token at a time: g = norm(h), x_V holds the context tokens that token t may see and no
     others, and frozen is g at the input of the layer or of the step. Only g_t is differentiated.
+    An update rule is given the gradient where it looks, g = norm(update.look(h, memory)).
     Training gradients flow through everything: h, the context, the frozen state, parameters,
-    scalars and the step size.
+    scalars and what the rule learns.
 
     Args:
         energy: the energy of one token.
@@ -52,7 +56,8 @@ def reference_update(
         visible: bool, True where a token may look: (..., S) or (..., T, S), beside causality.
         positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
-        step_size, steps, refresh, norm: as in :func:`cem.derive`.
+        step_size: of plain gradient descent; an update rule has its own.
+        update, steps, refresh, norm: as in :func:`cem.derive`.
         preconditioner: called as ``preconditioner(gradient, h, step)``.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
 
@@ -70,14 +75,19 @@ def reference_update(
     places = (positions, context_positions, document_ids)
     tokens = _Tokens(energy, h, context, visible, places, causal, norm, parameters_and_scalars)
     states, frozen = h, tokens.read(h)
+    memory = None if update is None else update.init(h)
     for step in range(steps):
-        g = tokens.read(states)
         if step and refresh == "step":
-            frozen = g
-        gradient = tokens.each(derivative, g, frozen).reshape(h.shape)
+            frozen = tokens.read(states)
+        point = states if update is None else update.look(states, memory)
+        gradient = tokens.each(derivative, tokens.read(point), frozen).reshape(h.shape)
         if preconditioner is not None:
-            gradient = preconditioner(gradient, states, step)
-        states = states - step_size * gradient
+            gradient = preconditioner(gradient, point, step)
+        if update is None:
+            states = states - step_size * gradient
+        else:
+            objective = _Objective(tokens, frozen, step)
+            states, memory = update.update(states, gradient, memory, 1.0, objective)
     return states
 
 
@@ -107,7 +117,7 @@ def reference_energy(
 
 
 def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tensor:
-    """:func:`reference_update` with everything that a layer of plain gradient descent holds.
+    """:func:`reference_update` with everything that a layer holds.
 
     ``inputs`` are those of ``layer.forward``; the result depends on the parameters of the layer.
     """
@@ -115,7 +125,7 @@ def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tens
         layer.energy_function,
         h,
         causal=layer.causal,
-        step_size=layer.update.step_size,
+        update=layer.update,
         steps=layer.steps,
         refresh=layer.refresh,
         norm=layer.norm,
@@ -185,6 +195,15 @@ class _Tokens:
             rest = (gate, seen.get("x"), self.values | {k: v for k, v in seen.items() if k != "x"})
             found.append(function(lambda z, rest=rest: self.energy(z, *rest), state))
         return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What an update rule may ask of one step, token by token; see :class:`cem.update.Objective`."""
+
+    tokens: _Tokens
+    frozen: Tensor
+    step: int
 
 
 def _same(value: Tensor) -> Tensor:
