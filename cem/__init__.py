@@ -1,5 +1,6 @@
 """CEM: write an energy, get the layer that descends it."""
 
+from . import prox
 from ._version import __version__
 from .derivation import Derivation
 from .energy import Energy, energy
@@ -36,7 +37,7 @@ from .preconditioner import (
     ScaledIdentity,
 )
 from .trace import EnergyTrace, LayerTrace, trace
-from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov
+from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov, Proximal
 
 __all__ = [
     "AbstractPreconditioner",
@@ -55,6 +56,7 @@ __all__ = [
     "Momentum",
     "Nesterov",
     "NormJacobian",
+    "Proximal",
     "ScaledIdentity",
     "__version__",
     "alibi_slopes",
@@ -78,6 +80,7 @@ __all__ = [
     "only",
     "parameter",
     "position",
+    "prox",
     "relu",
     "relu_antiderivative",
     "rope",

@@ -237,7 +237,8 @@ def trace(
 
     Every energy is taken at the context and the gates that the step itself saw, before and after it, so that a
     drop is what the step achieved and not what other tokens did meanwhile. With momentum, or a point ahead, these
-    are the energies of the states themselves, and a step may go up. The model runs under ``torch.no_grad``;
+    are the energies of the states themselves, and a step may go up. For ``Proximal`` it is the smooth energy E,
+    without the r whose prox is taken, which E may rise to pay for. The model runs under ``torch.no_grad``;
     attention energies come from the kernel's own log-sum-exp.
 
     Args:

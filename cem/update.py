@@ -245,3 +245,60 @@ class Nesterov(Momentum):
 
     def look(self, h: Tensor, state: Tensor) -> Tensor:
         return h + self.kept(state)
+
+
+class Proximal(_Stepping):
+    """Proximal gradient: h+ = prox(h - step_size * P dE/dh, step_size).
+
+    It descends E + r, where ``prox`` is the proximal map of r: ISTA for a least-squares energy and l1. For a convex E
+    with curvature at most L and P = I, E + r falls for step sizes up to 1/L (and below 2/L the states converge);
+    its fixed points are the minimisers of E + r. P scales the gradient and not the prox: with P = p I the fixed
+    points are those of E + r/p.
+
+    Args:
+        step_size: eta, or a sequence of them, one a step.
+        prox: a map of :mod:`cem.prox`, or any callable or module (x, step_size) -> x that acts on each token alone.
+        learn: learn the step size, registered as ``step_size``.
+
+    Raises:
+        ValueError: a step size that is not positive.
+        TypeError: a prox that cannot be called.
+
+    >>> import torch, cem
+    >>> rule = cem.Proximal(step_size=0.5, prox=cem.prox.l1(1.0))
+    >>> rule.update(torch.tensor([2.0, 0.2]), torch.tensor([1.0, -1.0]), None)[0]
+    tensor([1.0000, 0.2000])
+
+    Source: Beck and Teboulle, A Fast Iterative Shrinkage-Thresholding Algorithm, 2009, section 2.
+    """
+
+    def __init__(
+        self,
+        step_size: float | Iterable[float],
+        prox: Callable[[Tensor, float | Tensor], Tensor],
+        *,
+        learn: bool = False,
+    ) -> None:
+        super().__init__(step_size, learn=learn)
+        if not callable(prox):
+            raise TypeError(
+                f"`Proximal` takes a callable (x, step_size) -> x: got {prox!r}; type `cem.prox.l1(0.1)`"
+            )
+        self.prox = prox
+
+    def update(
+        self,
+        h: Tensor,
+        gradient: Tensor,
+        state: None,
+        scale: float = 1.0,
+        objective: Objective | None = None,
+    ) -> tuple[Tensor, None]:
+        size = self.size(objective)
+        if isinstance(size, Tensor):
+            size = size.to(h.dtype)
+        return self.prox(_descend(h, gradient, size, scale), size), state
+
+    def extra_repr(self) -> str:
+        own = "" if isinstance(self.prox, nn.Module) else f", prox={self.prox}"
+        return super().extra_repr() + own

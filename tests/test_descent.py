@@ -21,6 +21,7 @@ RULES = {
     "descents": lambda: cem.GradientDescent([0.3, 0.1, 0.2], learn=True),
     "momentum": lambda: cem.Momentum(0.3, 0.7),
     "learned momentum": lambda: cem.Momentum([0.3, 0.1, 0.2], 0.7, learn=True),
+    "proximal": lambda: cem.Proximal(0.3, cem.prox.l1(0.2), learn=True),
     "nesterov": lambda: cem.Nesterov(0.3, 0.7, learn=True),
 }
 PRECONDITIONERS = [
