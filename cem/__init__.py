@@ -28,6 +28,7 @@ from .language.words import (
 )
 from .layer import EnergyLayer, derive
 from .lowering import LoweringError
+from .newton import Newton
 from .preconditioner import (
     AbstractPreconditioner,
     BlockDiagonal,
@@ -55,6 +56,7 @@ __all__ = [
     "LoweringError",
     "Momentum",
     "Nesterov",
+    "Newton",
     "NormJacobian",
     "Proximal",
     "ScaledIdentity",

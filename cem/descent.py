@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -75,6 +76,20 @@ class LayerObjective:
     def energy(self, h: Tensor) -> Tensor:
         with torch.no_grad():
             return self.layer.lowering.fast_energy(self.layer.norm(h), *self.around)
+
+    @property
+    def curvature(self) -> str:
+        return self.layer.lowering.hessian_product.curvature
+
+    def hessian(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        return self.layer.lowering.hessian_product(self.layer.norm(h), *self.around)
+
+
+def needs_dense(update: AbstractUpdate, lowering: Lowering) -> bool:
+    """Whether a step needs the visible set as a dense mask; makes the programs that the rule asks for."""
+    programs = {"energy": "fast_energy", "hessian": "hessian_product"}
+    asked = [getattr(lowering, programs[name]) for name in update.needs]
+    return any(part.needs_mask for part in (lowering, *asked))
 
 
 def take(layer: Descending, objective: LayerObjective, h: Tensor, state) -> tuple:

@@ -12,7 +12,7 @@ import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
-from .descent import LayerObjective, carried, descend
+from .descent import LayerObjective, carried, descend, needs_dense
 from .energy import Energy
 from .initialisation import initialise
 from .inputs import Reader, Seen
@@ -34,6 +34,7 @@ ATTRIBUTES = (
     "steps",
     "causal",
     "refresh",
+    "dense",
 )
 
 
@@ -96,9 +97,11 @@ class EnergyLayer(nn.Module):
         if self.steps > 1:
             fixed = (*Seen._fields, *names)
             fixed += ("frozen",) if self.refresh == "layer" else ()
-        return lower(
+        lowering = lower(
             self.energy_function, self._sizes, self._fixed, names, kind=self._asked, fixed=fixed
         )
+        self.dense = needs_dense(self.update, lowering)
+        return lowering
 
     def reset_parameters(self) -> None:
         """Draw every parameter afresh; see :func:`~cem.initialisation.initialise`."""
@@ -157,8 +160,7 @@ class EnergyLayer(nn.Module):
         **inputs: Tensor | None,
     ) -> tuple[Tensor, LayerObjective]:
         """States (B, T, D) from the inputs of :meth:`forward`, and what the first step descends."""
-        dense = dense or self.lowering.needs_mask
-        h, g, seen = self.reader(self.norm, h, dense=dense, **inputs)
+        h, g, seen = self.reader(self.norm, h, dense=dense or self.dense, **inputs)
         values = self.values()
         fixed = self.lowering.prepare(g, g, *seen, *values)
         return h, kind(self, g, g, seen, values, fixed)

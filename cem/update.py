@@ -26,9 +26,11 @@ class Objective(Protocol):
 
     Attributes:
         step: which of the layer's steps this is, counted from 0.
+        curvature: ``energy.curvature``, for rules that ask for Hessian products.
     """
 
     step: int
+    curvature: str
 
     def energy(self, h: Tensor) -> Tensor:
         """The energy of every token, (B, T), without a derivative."""
@@ -74,7 +76,7 @@ class AbstractUpdate(nn.Module, abc.ABC):
         """Refuse, with ``ValueError``, a layer that the rule does not fit; called by ``derive``."""
 
 
-class _Stepping(AbstractUpdate):
+class Stepping(AbstractUpdate):
     """A rule with step sizes: one number, or one a step, fixed or learned."""
 
     def __init__(self, step_size: float | Iterable[float], *, learn: bool = False) -> None:
@@ -104,6 +106,15 @@ class _Stepping(AbstractUpdate):
             return self.step_size
         return self.step_size[0 if objective is None else objective.step]
 
+    def along(
+        self, h: Tensor, gradient: Tensor, objective: Objective | None, scale: float
+    ) -> Tensor:
+        """h - step_size * scale * gradient."""
+        size = self.size(objective)
+        if isinstance(size, Tensor):
+            return torch.addcmul(h, size.to(h.dtype), gradient, value=-scale)
+        return torch.add(h, gradient, alpha=-size * scale)
+
     def extra_repr(self) -> str:
         return f"step_size={_shown(self.step_size)}{', learn=True' if self.learn else ''}"
 
@@ -115,14 +126,7 @@ def _shown(value: float | tuple[float, ...] | Tensor) -> str:
     return f"({', '.join(f'{one:g}' for one in value)})"
 
 
-def _descend(h: Tensor, gradient: Tensor, size: float | Tensor, scale: float) -> Tensor:
-    """h - size * scale * gradient."""
-    if isinstance(size, Tensor):
-        return torch.addcmul(h, size.to(h.dtype), gradient, value=-scale)
-    return torch.add(h, gradient, alpha=-size * scale)
-
-
-class GradientDescent(_Stepping):
+class GradientDescent(Stepping):
     """h+ = h - step_size * P dE/dh.
 
     Args:
@@ -149,10 +153,10 @@ class GradientDescent(_Stepping):
         scale: float = 1.0,
         objective: Objective | None = None,
     ) -> tuple[Tensor, None]:
-        return _descend(h, gradient, self.size(objective), scale), state
+        return self.along(h, gradient, objective, scale), state
 
 
-class Momentum(_Stepping):
+class Momentum(Stepping):
     """Heavy ball: m+ = momentum * m - step_size * P dE/dh, h+ = h + m+, with m = 0 at first.
 
     On a quadratic with curvatures between mu and L and P = I, step_size = 4 / (sqrt(L) + sqrt(mu))^2 and momentum =
@@ -218,7 +222,7 @@ class Momentum(_Stepping):
         scale: float = 1.0,
         objective: Objective | None = None,
     ) -> tuple[Tensor, Tensor]:
-        memory = _descend(self.kept(state), gradient, self.size(objective), scale)
+        memory = self.along(self.kept(state), gradient, objective, scale)
         return h + memory, memory
 
     def extra_repr(self) -> str:
@@ -247,7 +251,7 @@ class Nesterov(Momentum):
         return h + self.kept(state)
 
 
-class Proximal(_Stepping):
+class Proximal(Stepping):
     """Proximal gradient: h+ = prox(h - step_size * P dE/dh, step_size).
 
     It descends E + r, where ``prox`` is the proximal map of r: ISTA for a least-squares energy and l1. For a convex E
@@ -297,7 +301,7 @@ class Proximal(_Stepping):
         size = self.size(objective)
         if isinstance(size, Tensor):
             size = size.to(h.dtype)
-        return self.prox(_descend(h, gradient, size, scale), size), state
+        return self.prox(self.along(h, gradient, objective, scale), size), state
 
     def extra_repr(self) -> str:
         own = "" if isinstance(self.prox, nn.Module) else f", prox={self.prox}"

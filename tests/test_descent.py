@@ -15,14 +15,15 @@ from cem import energies
 from cem.testing import assert_close, reference_energy, reference_of
 from cem.testing.reference import values_of
 
-BOTH = Case(energies.interaction + 0.5 * energies.gated, ("matmul", "sdpa"))
+BOTH = Case(energies.interaction + 0.5 * energies.gated_sigmoid, ("matmul", "sdpa"))
 RULES = {
-    "descent": lambda: cem.GradientDescent(0.3, learn=True),
-    "descents": lambda: cem.GradientDescent([0.3, 0.1, 0.2], learn=True),
-    "momentum": lambda: cem.Momentum(0.3, 0.7),
-    "learned momentum": lambda: cem.Momentum([0.3, 0.1, 0.2], 0.7, learn=True),
-    "proximal": lambda: cem.Proximal(0.3, cem.prox.l1(0.2), learn=True),
-    "nesterov": lambda: cem.Nesterov(0.3, 0.7, learn=True),
+    "descent": lambda: cem.GradientDescent(0.1, learn=True),
+    "descents": lambda: cem.GradientDescent([0.1, 0.05, 0.2], learn=True),
+    "momentum": lambda: cem.Momentum(0.1, 0.7),
+    "learned momentum": lambda: cem.Momentum([0.1, 0.05, 0.2], 0.7, learn=True),
+    "newton": lambda: cem.Newton(0.3, 5, step_size=0.2, learn=True),
+    "proximal": lambda: cem.Proximal(0.1, cem.prox.l1(0.2), learn=True),
+    "nesterov": lambda: cem.Nesterov(0.1, 0.7, learn=True),
 }
 PRECONDITIONERS = [
     None,
@@ -53,13 +54,12 @@ def pairs(row):
     return {(m, row[m], n, row[n]) for m, n in itertools.combinations(range(len(row)), 2)}
 
 
-GRID = list(pairwise(list(RULES), PRECONDITIONERS, NORMS, REFRESH))
+GRID = list(pairwise([rule for rule in RULES if rule != "newton"], PRECONDITIONERS, NORMS, REFRESH))
+GRID += [("newton", None, norm, refresh) for norm in NORMS for refresh in REFRESH]
 
 
 def made(rule, preconditioner, norm, refresh, **options):
     steps = 3
-    if rule == "newton" and preconditioner is not None:
-        pytest.skip("refused")
     layer = BOTH.derive(
         update=RULES[rule](),
         preconditioner=preconditioner,
@@ -83,17 +83,19 @@ def test_a_layer_is_its_definition(rule, preconditioner, norm, refresh):
     inputs = BOTH.inputs()
     found = gradients(layer, layer, inputs)
     truth = gradients(lambda **inputs: reference_of(layer, **inputs), layer, inputs)
-    assert_same(found, truth, 1e-11)
+    # Conjugate gradients multiply rounding by the condition of the Hessian.
+    rtol = 1e-9 if rule == "newton" else 1e-12
+    assert_same(found, truth, rtol)
     assert all(z.abs().max() > 0 for z in truth.values())
     slow = made(rule, preconditioner, norm, refresh, lowering="autograd")
     slow.load_state_dict(layer.state_dict())
-    assert_same(found, gradients(slow, slow, inputs), 1e-11)
+    assert_same(found, gradients(slow, slow, inputs), rtol)
 
 
 every = pytest.mark.parametrize("rule", RULES)
 
 
-@every
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "newton"])
 def test_an_energy_that_cannot_be_translated(rule):
     layer = Case(looped, ()).derive(update=RULES[rule](), steps=3)
     inputs = Case(looped, ()).inputs()

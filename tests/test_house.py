@@ -19,13 +19,13 @@ GALLERIES = {"energies", "derivations"}
 # Lowest first. A module imports from lower floors and from its own part, never sideways or up.
 # A part is a module or a folder of cem; `__init__` is cem/__init__.py, the face.
 FLOORS = (
-    ("_version", "plot", "prox", "visibility"),
+    ("_version", "krylov", "plot", "prox", "visibility"),
     ("language",),
     ("calculus",),
     ("derivation",),
     ("energy",),
     ("lowering", "sizes", "initialisation", "inputs", "update", "preconditioner"),
-    ("descent",),
+    ("descent", "newton"),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

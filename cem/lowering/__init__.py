@@ -102,11 +102,12 @@ class EnergyFunction:
 class HessianFunction:
     """(h, frozen, *seen, *parameters) -> the linear map v -> d2E/dh2 v, (B, T, D) to (B, T, D).
 
-    What does not depend on v is computed once; ``needs_mask`` as in ``Lowering``.
+    What does not depend on v is computed once; ``curvature`` is that of the energy, ``needs_mask`` as in ``Lowering``.
     """
 
     prepare: Callable[..., tuple]
     apply: Callable[..., Tensor]
+    curvature: str
     needs_mask: bool = False
     scale: float = 1.0
 
@@ -201,6 +202,7 @@ class Fused(Lowering):
         return HessianFunction(
             plan.compile(prepare, "prepare"),
             plan.compile(apply, "hessian_product", ["direction", *border]),
+            energy.curvature,
             program.needs_mask,
             program.scale,
         )
@@ -226,7 +228,9 @@ class Autograd(Lowering):
         self.gradient_and_energy = EnergyFunction(
             lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
         )
-        self.hessian_product = HessianFunction(lambda *inputs: (), hessian_of(self.gradient))
+        self.hessian_product = HessianFunction(
+            lambda *inputs: (), hessian_of(self.gradient), plan.energy.curvature
+        )
 
 
 def _code(program: Program) -> str:

@@ -86,7 +86,7 @@ def reference_update(
         if update is None:
             states = states - step_size * gradient
         else:
-            objective = _Objective(tokens, frozen, step)
+            objective = _Objective(tokens, frozen, step, energy.curvature)
             states, memory = update.update(states, gradient, memory, 1.0, objective)
     return states
 
@@ -204,6 +204,25 @@ class _Objective:
     tokens: _Tokens
     frozen: Tensor
     step: int
+    curvature: str
+
+    def energy(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.tokens.each(_value, self.tokens.read(h), self.frozen).reshape(h.shape[:-1])
+
+    def slope(self, h: Tensor, direction: Tensor) -> Tensor:
+        def through(at: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return self.tokens.each(_value, self.tokens.read(at), self.frozen).sum()
+
+        with torch.no_grad():
+            return (derivative(through, h) * direction).sum(-1)
+
+    def hessian(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        matrices = self.tokens.each(_hessian, self.tokens.read(h), self.frozen)  # (tokens, D, D)
+        return lambda v: torch.einsum("nde,ne->nd", matrices, v.reshape(-1, v.shape[-1])).reshape(
+            v.shape
+        )
 
 
 def _same(value: Tensor) -> Tensor:
@@ -212,6 +231,12 @@ def _same(value: Tensor) -> Tensor:
 
 def _value(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return function(at)
+
+
+def _hessian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The second derivative at one state, (D, D), row by row."""
+    rows = [derivative(lambda z, d=d: derivative(function, z)[d], at) for d in range(len(at))]
+    return torch.stack(rows)
 
 
 def derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
