@@ -10,11 +10,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .energy import Energy
 from .inputs import Seen
 from .lowering import Lowering
 from .update import AbstractUpdate
+
+REFRESH = ("layer", "step")
 
 
 class Descending(Protocol):
@@ -27,6 +30,10 @@ class Descending(Protocol):
     lowering: Lowering
     steps: int
     refresh: str
+    moving: bool
+    tolerance: float | None
+    checkpoint: bool
+    steps_taken: int
 
 
 class LayerObjective:
@@ -59,7 +66,8 @@ class LayerObjective:
             return self
         g = self.layer.norm(h)
         frozen = g if self.layer.refresh == "step" else self.frozen
-        return type(self)(self.layer, g, frozen, self.seen, self.values, self.fixed, step)
+        seen = self.seen._replace(x=g) if self.layer.moving else self.seen
+        return type(self)(self.layer, g, frozen, seen, self.values, self.fixed, step)
 
     @property
     def around(self) -> tuple:
@@ -85,10 +93,11 @@ class LayerObjective:
         return self.layer.lowering.hessian_product(self.layer.norm(h), *self.around)
 
 
-def needs_dense(update: AbstractUpdate, lowering: Lowering) -> bool:
-    """Whether a step needs the visible set as a dense mask; makes the programs that the rule asks for."""
+def needs_dense(layer: Descending, lowering: Lowering) -> bool:
+    """Whether a step needs the visible set as a dense mask; makes the programs that the steps ask for."""
     programs = {"energy": "fast_energy", "hessian": "hessian_product"}
-    asked = [getattr(lowering, programs[name]) for name in update.needs]
+    names = (*layer.update.needs, *(() if layer.tolerance is None else ("energy",)))
+    asked = [getattr(lowering, programs[name]) for name in names]
     return any(part.needs_mask for part in (lowering, *asked))
 
 
@@ -105,16 +114,73 @@ def descend(layer: Descending, first: LayerObjective, h: Tensor, state=None) -> 
     """All steps of a layer from h (B, T, D): the last h and what its rule remembers.
 
     Args:
-        layer: whose steps.
+        layer: whose steps; how many were taken is written to ``steps_taken`` where it has a tolerance.
         first: the objective of the first step.
         state: what the rule remembers from before; ``update.init(h)`` if None.
     """
     state = layer.update.init(h) if state is None else state
+    energy = None
     for step in range(layer.steps):
-        objective, before = first.at(h, step), h
-        h, state = take(layer, objective, h, state)
-        objective.taken(before, h)
+        before = h
+        if layer.checkpoint and torch.is_grad_enabled():
+            h, state = checkpoint(_again, layer, first, h, state, step, use_reentrant=False)
+        else:
+            objective = first.at(h, step)
+            h, state = take(layer, objective, h, state)
+            objective.taken(before, h)
+        if layer.tolerance is not None:
+            layer.steps_taken = step + 1
+            objective = first.at(before, step)
+            if energy is None or layer.moving or layer.refresh == "step":
+                energy = objective.energy(before).mean()
+            energy, last = objective.energy(h).mean(), energy
+            if not last - energy > layer.tolerance:
+                break
     return h, state
+
+
+def _again(layer: Descending, first: LayerObjective, h: Tensor, state, step: int) -> tuple:
+    """One step from its number, so that a backward pass can take it again."""
+    return take(layer, first.at(h, step), h, state)
+
+
+def check_recursion(
+    energy: Energy, steps: int, refresh: str, moving: bool, tolerance: float | None, same: bool
+) -> None:
+    """Refuse, with ``ValueError``, arguments of ``derive`` about steps; ``same``: the context can be the state."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
+    if refresh not in REFRESH:
+        raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(
+            f"`tolerance` is a fall of the mean energy, at least 0: got {tolerance!r}; type `tolerance=1e-3`"
+        )
+    if moving and (energy.context is None or not same):
+        has = (
+            "no context" if energy.context is None else "a context of another width than the state"
+        )
+        raise ValueError(
+            f"energy `{energy.name}` has {has}, so no context can follow the states: got moving=True; type"
+            " `moving=False`"
+        )
+
+
+def refuse_context(layer: Descending, context: Tensor | None) -> None:
+    """``ValueError`` for a layer whose context is its state and that is given another."""
+    if context is not None:
+        raise ValueError(
+            f"layer `{layer.energy_function.name}` moves its context, which is the state itself: got `context`; call"
+            " it without, or derive it with `moving=False`"
+        )
+
+
+def steady(layer: Descending, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the inputs of a program that stay the same from step to step; ``names`` are the parameters."""
+    if layer.steps == 1:
+        return ()
+    seen = tuple(name for name in Seen._fields if not (layer.moving and name == "x"))
+    return (*seen, *names, *(("frozen",) if layer.refresh == "layer" else ()))
 
 
 def carried(layer: Descending, memory: Tensor, shape: torch.Size) -> Tensor:

@@ -12,17 +12,17 @@ import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
-from .descent import LayerObjective, carried, descend, needs_dense
+from . import descent
+from .descent import LayerObjective, descend
 from .energy import Energy
 from .initialisation import initialise
-from .inputs import Reader, Seen
+from .inputs import Reader
 from .language.symbols import Scalar
 from .lowering import Lowering, lower
 from .preconditioner import AbstractPreconditioner, preconditioner_of
-from .sizes import check_names, solve_scalars, solve_sizes, width_of
+from .sizes import check_maskable, check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
 
-REFRESH = ("layer", "step")
 ATTRIBUTES = (
     "dim",
     "context_dim",
@@ -35,6 +35,10 @@ ATTRIBUTES = (
     "causal",
     "refresh",
     "dense",
+    "moving",
+    "tolerance",
+    "checkpoint",
+    "steps_taken",
 )
 
 
@@ -65,11 +69,15 @@ class EnergyLayer(nn.Module):
         preconditioner: AbstractPreconditioner | None,
         norm: nn.Module,
         refresh: str,
+        moving: bool,
+        tolerance: float | None,
+        checkpoint: bool,
         lowering: str,
     ) -> None:
         super().__init__()
         self.energy_function = energy
-        self.causal, self.steps, self.refresh = causal, steps, refresh
+        self.causal, self.steps, self.refresh, self.moving = causal, steps, refresh, moving
+        self.tolerance, self.checkpoint, self.steps_taken = tolerance, checkpoint, steps
         self._sizes, self._asked = dict(sizes), lowering
         self._fixed = {s: v for s, v in scalars.items() if s.name not in learn}
         self.dim = width_of(energy.width, sizes)
@@ -93,14 +101,9 @@ class EnergyLayer(nn.Module):
     def _lower(self) -> Lowering:
         names = tuple(str(p.name) for p in self.energy_function.parameters)
         names += tuple(s.name for s in self._learned)
-        fixed: tuple[str, ...] = ()
-        if self.steps > 1:
-            fixed = (*Seen._fields, *names)
-            fixed += ("frozen",) if self.refresh == "layer" else ()
-        lowering = lower(
-            self.energy_function, self._sizes, self._fixed, names, kind=self._asked, fixed=fixed
-        )
-        self.dense = needs_dense(self.update, lowering)
+        options = {"kind": self._asked, "fixed": descent.steady(self, names)}
+        lowering = lower(self.energy_function, self._sizes, self._fixed, names, **options)
+        self.dense = descent.needs_dense(self, lowering)
         return lowering
 
     def reset_parameters(self) -> None:
@@ -137,6 +140,8 @@ class EnergyLayer(nn.Module):
         Returns:
             states, shape (..., T, D); the pair (states, memory) if a memory is given.
         """
+        if self.moving:
+            descent.refuse_context(self, context)
         shape = h.shape
         h, first = self.begin(
             h,
@@ -148,7 +153,7 @@ class EnergyLayer(nn.Module):
         )
         if memory is None:
             return descend(self, first, h)[0].reshape(shape)
-        h, memory = descend(self, first, h, carried(self, memory, shape).reshape(h.shape))
+        h, memory = descend(self, first, h, descent.carried(self, memory, shape).reshape(h.shape))
         return h.reshape(shape), memory.reshape(shape)
 
     def begin(
@@ -255,6 +260,9 @@ def derive(
     | None = None,
     norm: nn.Module | Callable[[int], nn.Module] | None = None,
     refresh: str = "layer",
+    moving: bool = False,
+    tolerance: float | None = None,
+    checkpoint: bool = False,
     lowering: str = "auto",
     learn: Iterable[str] = (),
     device: torch.device | str | None = None,
@@ -268,7 +276,7 @@ def derive(
     Args:
         energy: what to descend.
         causal: token t sees the context tokens s <= t; otherwise all of them.
-        steps: updates with the same parameters and the same context.
+        steps: updates with the same parameters and the same context; what depends on it alone is computed once.
         update: an update rule; ``cem.GradientDescent()`` if None.
         preconditioner: P, a module or a class that is called with the width of the state, or a list of them, one
             a step; the identity if None.
@@ -276,6 +284,12 @@ def derive(
             through it, the gradient is taken with respect to its output and moves h. A context of another width
             than the state is read as it is.
         refresh: when ``frozen(h)`` is taken: ``"layer"`` once, at the input, or ``"step"``, before every step.
+        moving: all tokens move together and each step sees the others where they are by then: the context is the
+            state itself, read again before every step. Nothing is promised about the energy then.
+        tolerance: stop when the mean energy over all tokens, at the context and gates of a step, falls by no more than
+            this in the step; ``steps`` is the most, ``layer.steps_taken`` how many there were. It reads data, so
+            ``torch.compile`` breaks the graph at every step.
+        checkpoint: keep one state a step for the backward pass and take the step again there.
         lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
         device, dtype: where and in what the parameters are held, as in ``nn.Module.to``.
@@ -306,23 +320,12 @@ def derive(
     check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES}, arguments)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    if (
-        energy.expression is None
-        and energy.context is not None
-        and causal
-        and not energy.masks_itself
-    ):
-        raise ValueError(
-            f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
-            f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"
-            " `causal=False`"
-        )
+    check_maskable(energy, causal)
     width = width_of(energy.width, sizes)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
-    if refresh not in REFRESH:
-        raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
-    norm = _made_norm(norm, width)
+    same = energy.context is not None and width == width_of(energy.context.shape[1], sizes)
+    descent.check_recursion(energy, steps, refresh, moving, tolerance, same)
+    if not isinstance(norm, nn.Module):
+        norm = nn.Identity() if norm is None else norm(width)
     update = GradientDescent() if update is None else update
     preconditioner = preconditioner_of(preconditioner, width, steps, norm)
     update.check(energy, steps, preconditioner)
@@ -337,13 +340,9 @@ def derive(
         preconditioner=preconditioner,
         norm=norm,
         refresh=refresh,
+        moving=moving,
+        tolerance=tolerance,
+        checkpoint=checkpoint,
         lowering=lowering,
     )
     return layer.to(device=device, dtype=dtype)
-
-
-def _made_norm(norm: nn.Module | Callable[[int], nn.Module] | None, width: int) -> nn.Module:
-    """A module as it is; a class called with the width."""
-    if norm is None:
-        return nn.Identity()
-    return norm if isinstance(norm, nn.Module) else norm(width)

@@ -212,7 +212,7 @@ class _Recorded(LayerObjective):
         record.before.append(self.energy_at(self.g) if self.start is None else self.start)
         record.states.append(self.g)
         record.last = self, after
-        if record.after and self.layer.refresh == "step":
+        if record.after and (self.layer.moving or self.layer.refresh == "step"):
             record.later.append(self.energy_at(self.layer.norm(after)))
 
 

@@ -35,6 +35,7 @@ def reference_update(
     update: AbstractUpdate | None = None,
     steps: int = 1,
     refresh: str = "layer",
+    moving: bool = False,
     norm: Callable[[Tensor], Tensor] | None = None,
     preconditioner: Callable[..., Tensor] | None = None,
     **parameters_and_scalars: float | Tensor,
@@ -57,7 +58,7 @@ def reference_update(
         positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
         step_size: of plain gradient descent; an update rule has its own.
-        update, steps, refresh, norm: as in :func:`cem.derive`.
+        update, steps, refresh, moving, norm: as in :func:`cem.derive`.
         preconditioner: called as ``preconditioner(gradient, h, step)``.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
 
@@ -79,6 +80,10 @@ def reference_update(
     for step in range(steps):
         if step and refresh == "step":
             frozen = tokens.read(states)
+        if step and moving:
+            tokens = _Tokens(
+                energy, states, None, visible, places, causal, norm, parameters_and_scalars
+            )
         point = states if update is None else update.look(states, memory)
         gradient = tokens.each(derivative, tokens.read(point), frozen).reshape(h.shape)
         if preconditioner is not None:
@@ -128,6 +133,7 @@ def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tens
         update=layer.update,
         steps=layer.steps,
         refresh=layer.refresh,
+        moving=layer.moving,
         norm=layer.norm,
         preconditioner=layer.preconditioner,
         **inputs,
