@@ -27,6 +27,7 @@ from .language.words import (
     step,
 )
 from .layer import EnergyLayer, derive
+from .line_search import LineSearch
 from .lowering import LoweringError
 from .newton import Newton
 from .preconditioner import (
@@ -53,6 +54,7 @@ __all__ = [
     "EnergyTrace",
     "GradientDescent",
     "LayerTrace",
+    "LineSearch",
     "LoweringError",
     "Momentum",
     "Nesterov",

@@ -68,6 +68,7 @@ UPDATES = {
         r"(|\nabla^{2} E| + \lambda I) \delta = @,\; h^{+} = h - \eta \delta",
         "(|∇²E| + λ I) δ = @,  h⁺ = h - η δ",
     ),
+    "LineSearch": (r"h^{+} = h - a P @", "h⁺ = h - a P @"),
     "Proximal": (r"h^{+} = \operatorname{prox}\left(h - \eta P @\right)", "h⁺ = prox(h - η P @)"),
 }
 

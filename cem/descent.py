@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .energy import Energy
 from .inputs import Seen
 from .lowering import Lowering
+from .preconditioner import pull_back
 from .update import AbstractUpdate
 
 REFRESH = ("layer", "step")
@@ -85,6 +86,11 @@ class LayerObjective:
         with torch.no_grad():
             return self.layer.lowering.fast_energy(self.layer.norm(h), *self.around)
 
+    def slope(self, h: Tensor, direction: Tensor) -> Tensor:
+        with torch.no_grad():
+            gradient = pull_back(self.layer.norm, self.gradient(self.layer.norm(h)), h)
+            return self.layer.lowering.scale * (gradient * direction).sum(-1)
+
     @property
     def curvature(self) -> str:
         return self.layer.lowering.hessian_product.curvature
@@ -94,7 +100,13 @@ class LayerObjective:
 
 
 def needs_dense(layer: Descending, lowering: Lowering) -> bool:
-    """Whether a step needs the visible set as a dense mask; makes the programs that the steps ask for."""
+    """Whether a step needs the visible set as a dense mask; makes all that the steps ask for, before they run."""
+    _ = layer.energy_function.has_positions
+    if layer.checkpoint and lowering.kind == "autograd":
+        raise ValueError(
+            f"energy `{layer.energy_function.name}` is lowered to autograd, which cannot be checkpointed:"
+            f" {'; '.join(lowering.reasons)}; type `checkpoint=False`"
+        )
     programs = {"energy": "fast_energy", "hessian": "hessian_product"}
     names = (*layer.update.needs, *(() if layer.tolerance is None else ("energy",)))
     asked = [getattr(lowering, programs[name]) for name in names]

@@ -208,7 +208,7 @@ class NormJacobian(AbstractPreconditioner):
         RMSNorm      J^T u = s (v - h (h.v) s^2 / D),                  v = gain * u,  s = (mean(h^2) + eps)^(-1/2)
         LayerNorm    J^T u = s (v - mean(v) - c (c.v) s^2 / D),        c = h - mean(h),  s of c
 
-    Anything else is differentiated by ``torch.func.vjp``.
+    Anything else is differentiated by ``torch.func.vjp``, which cannot stand inside ``checkpoint=True``.
 
     Args:
         norm: the norm of the layer, the very module.
@@ -227,32 +227,40 @@ class NormJacobian(AbstractPreconditioner):
     """
 
     def __init__(self, norm: nn.Module) -> None:
-        shape = getattr(norm, "normalized_shape", (None,))
-        super().__init__(shape[-1])
+        super().__init__(getattr(norm, "normalized_shape", (None,))[-1])
         self.norm = norm
-        self.known = type(norm) in (nn.RMSNorm, nn.LayerNorm) and len(shape) == 1
-        self.definite = self.known and norm.weight is None
+        self.definite = _is_known(norm) and norm.weight is None
 
     def forward(self, gradient: Tensor, h: Tensor | None = None, step: int = 0) -> Tensor:
         if h is None:
             raise ValueError(
                 "`NormJacobian` depends on the state: got none; call it with `(gradient, h)`"
             )
-        if not self.known:
-            h = h.expand_as(gradient)
-            return torch.func.vjp(self.norm, h)[1](gradient)[0].to(gradient.dtype)
-        norm, dtype = self.norm, torch.promote_types(h.dtype, torch.float32)
-        v, c = gradient.to(dtype), h.to(dtype)
-        v = v if norm.weight is None else v * norm.weight.to(dtype)
-        if isinstance(norm, nn.LayerNorm):
-            v, c = v - v.mean(-1, keepdim=True), c - c.mean(-1, keepdim=True)
-        eps = torch.finfo(h.dtype).eps if norm.eps is None else norm.eps
-        s2 = 1.0 / (c.square().mean(-1, keepdim=True) + eps)
-        v = v - c * ((c * v).mean(-1, keepdim=True) * s2)
-        return (v * s2.sqrt()).to(gradient.dtype)
+        return pull_back(self.norm, gradient, h)
 
     def extra_repr(self) -> str:
         return ""
+
+
+def _is_known(norm: nn.Module) -> bool:
+    return type(norm) in (nn.RMSNorm, nn.LayerNorm) and len(norm.normalized_shape) == 1
+
+
+def pull_back(norm: nn.Module, gradient: Tensor, h: Tensor) -> Tensor:
+    """J(h)^T times a gradient (..., D) at norm(h), with J the Jacobian of the norm; see :class:`NormJacobian`."""
+    if type(norm) is nn.Identity:
+        return gradient
+    if not _is_known(norm):
+        return torch.func.vjp(norm, h.expand_as(gradient))[1](gradient)[0].to(gradient.dtype)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    v, c = gradient.to(dtype), h.to(dtype)
+    v = v if norm.weight is None else v * norm.weight.to(dtype)
+    if isinstance(norm, nn.LayerNorm):
+        v, c = v - v.mean(-1, keepdim=True), c - c.mean(-1, keepdim=True)
+    eps = torch.finfo(h.dtype).eps if norm.eps is None else norm.eps
+    s2 = 1.0 / (c.square().mean(-1, keepdim=True) + eps)
+    v = v - c * ((c * v).mean(-1, keepdim=True) * s2)
+    return (v * s2.sqrt()).to(gradient.dtype)
 
 
 class PerStep(AbstractPreconditioner):

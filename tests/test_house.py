@@ -25,7 +25,7 @@ FLOORS = (
     ("derivation",),
     ("energy",),
     ("lowering", "sizes", "initialisation", "inputs", "update", "preconditioner"),
-    ("descent", "newton"),
+    ("descent", "line_search", "newton"),
     ("layer",),
     ("trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

@@ -88,7 +88,7 @@ def test_it_stops_when_the_mean_energy_stops_falling():
 @every
 def test_a_stopped_layer_is_one_of_fewer_steps(rule, options):
     """In its output and in every gradient."""
-    if RULES[rule]().per_step:
+    if getattr(RULES[rule](), "per_step", False):
         pytest.skip("its step sizes are for three steps")
     shared = {"update": RULES[rule](), "norm": nn.RMSNorm, **options}
     layer = BOTH.derive(steps=40, tolerance=0.5, **shared).double()
@@ -178,3 +178,9 @@ def test_checkpoints_in_one_graph_without_breaks():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = BOTH.inputs()
     assert_same(gradients(compiled, layer, inputs), gradients(layer, layer, inputs), 1e-12)
+
+
+def test_what_cannot_be_checkpointed():
+    message = "is lowered to autograd, which cannot be checkpointed: asked for with lowering"
+    with pytest.raises(ValueError, match=message):
+        BOTH.derive(checkpoint=True, lowering="autograd")
