@@ -16,7 +16,13 @@ from cem import energies
 from cem.derivations import checks
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("weight_tied_attention", "gated_mlp", "diagonal_plus_low_rank", "memory")
+PAGES = (
+    "weight_tied_attention",
+    "gated_mlp",
+    "diagonal_plus_low_rank",
+    "memory",
+    "preconditioned_step",
+)
 CONCRETE = {"dim": 3, "seq": 3, "heads": 2, "rank": 2, "hidden": 4, "block": 2}
 
 
@@ -73,6 +79,16 @@ def test_page_runs_by_its_dotted_name():
             {"matmul", "sdpa"},
         ),
         ("memory", {"U": (17, 13)}, {"matmul"}),
+        (
+            "preconditioned_step",
+            {
+                "Q": (3, 5, 13),
+                "K": (3, 5, 13),
+                "preconditioner.d": (13,),
+                "preconditioner.V": (13, 4),
+            },
+            {"matmul", "sdpa"},
+        ),
     ],
 )
 def test_parameters_and_kernels(name, shapes, kernels):
