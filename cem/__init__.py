@@ -4,6 +4,7 @@ from . import prox
 from ._version import __version__
 from .derivation import Derivation
 from .energy import Energy, energy
+from .fixed_point import FixedPoint
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
 from .language.words import (
@@ -52,6 +53,7 @@ __all__ = [
     "Energy",
     "EnergyLayer",
     "EnergyTrace",
+    "FixedPoint",
     "GradientDescent",
     "LayerTrace",
     "LineSearch",

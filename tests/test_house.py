@@ -27,7 +27,7 @@ FLOORS = (
     ("lowering", "sizes", "initialisation", "inputs", "update", "preconditioner"),
     ("descent", "line_search", "newton"),
     ("layer",),
-    ("trace", "growth", "routing", "analysis", "testing"),
+    ("fixed_point", "trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),
     ("hf",),
     ("__init__",),
