@@ -316,7 +316,9 @@ def _is_bare(layer) -> bool:
         return True
     plain_update = type(layer.update).__name__ == "GradientDescent"
     plain_norm = type(getattr(layer, "norm", None)).__name__ in ("Identity", "NoneType")
-    return plain_update and plain_norm and not getattr(layer, "joint", False)
+    definite = getattr(getattr(layer, "preconditioner", None), "definite", True)
+    fixed = not getattr(layer, "joint", False) and not getattr(layer, "moving", False)
+    return plain_update and plain_norm and definite and fixed
 
 
 def _layer_facts(layer) -> Iterator[Block]:
@@ -344,9 +346,10 @@ def _layer_facts(layer) -> Iterator[Block]:
         yield paragraph(*told)
     if layer.steps > 1:
         fixed = "input of the layer" if layer.refresh == "layer" else "input of each step"
+        seen = "a context that moves with them" if layer.moving else "the same context"
         told = [
-            f"The energy is descended {layer.steps} times with the same parameters and the same"
-            f" context; frozen values are those at the {fixed}."
+            f"The energy is descended {layer.steps} times with the same parameters and {seen};"
+            f" frozen values are those at the {fixed}."
         ]
         yield paragraph(*told)
 

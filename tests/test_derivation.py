@@ -278,6 +278,22 @@ def test_curvature_is_claimed_for_the_bare_step_only():
     assert "mirror" in normed and "mirror" not in bare and "mirror" not in gained
 
 
+def test_nothing_is_promised_for_signs_and_moving_contexts():
+    energy = energy_of("interaction")
+
+    def shown(**options):
+        layer = cem.derive(energy, dim=6, heads=2, rank=3, steps=2, **options)
+        # Lines are wrapped, at hyphens too.
+        return "".join(Derivation.of_energy(energy, layer).text().split())
+
+    held = shown(preconditioner=cem.Diagonal)
+    assert "concave" in held and "positivesemi-definite" in held and "thesamecontext" in held
+    signed = shown(preconditioner=cem.Diagonal(6, signed=True))
+    assert "concave" not in signed and "semi-definite" not in signed
+    moving = shown(moving=True)
+    assert "concave" not in moving and "acontextthatmoveswiththem" in moving
+
+
 def test_an_energy_without_expression_says_why():
     energy = SimpleNamespace(name="loop", expression=None, reason="It loops over the tokens.")
     derivation = Derivation.of_energy(energy)
