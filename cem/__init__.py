@@ -1,9 +1,11 @@
 """CEM: write an energy, get the layer that descends it."""
 
+from . import prox
 from ._version import __version__
 from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
+from .fixed_point import FixedPoint
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
 from .language.tokens import decay
@@ -28,24 +30,42 @@ from .language.words import (
     step,
 )
 from .layer import EnergyLayer, derive
+from .line_search import LineSearch
 from .lowering import LoweringError
-from .preconditioner import AbstractPreconditioner, Diagonal, ScaledIdentity
+from .newton import Newton
+from .preconditioner import (
+    AbstractPreconditioner,
+    BlockDiagonal,
+    Diagonal,
+    DiagonalPlusLowRank,
+    NormJacobian,
+    ScaledIdentity,
+)
 from .trace import EnergyTrace, LayerTrace, trace
-from .update import AbstractUpdate, GradientDescent
+from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov, Proximal
 
 __all__ = [
     "AbstractPreconditioner",
     "AbstractUpdate",
+    "BlockDiagonal",
     "Certificate",
     "Derivation",
     "Diagonal",
+    "DiagonalPlusLowRank",
     "Dim",
     "Energy",
     "EnergyLayer",
     "EnergyTrace",
+    "FixedPoint",
     "GradientDescent",
     "LayerTrace",
+    "LineSearch",
     "LoweringError",
+    "Momentum",
+    "Nesterov",
+    "Newton",
+    "NormJacobian",
+    "Proximal",
     "ScaledIdentity",
     "__version__",
     "alibi_slopes",
@@ -70,6 +90,7 @@ __all__ = [
     "only",
     "parameter",
     "position",
+    "prox",
     "relu",
     "relu_antiderivative",
     "rope",

@@ -77,7 +77,8 @@ class Certificate:
         verdict: ``"any step size"``, ``"bounded step size"`` or ``"measured only"``.
         bound: the largest step size that is safe, in units of the state per unit of gradient; inf for any, None
             where nothing is promised.
-        holds: whether the layer's own step sizes are safe: no step can raise the energy of a token.
+        holds: whether the layer's own step sizes are safe: no step can raise the energy of a token, or with a proximal
+            rule the energy plus the function of its prox.
         statement: the same in sentences: energy, curvature, preconditioner, norm, promise, recursion.
         reasons: the steps that prove the curvature of the energy, or the bounds of its terms.
 
@@ -119,6 +120,15 @@ def certify(layer) -> Certificate:
     bound, holds = None, False
     if getattr(layer, "joint", False):
         said.append("Every state moves in the total energy of all tokens, of which no rule speaks.")
+    elif getattr(layer, "moving", False):
+        said.append(
+            "The context moves with the states, and an energy may rise when its context does."
+        )
+    elif layer.update.searches:
+        bound, holds = math.inf, True
+        said.append(
+            "A step is taken only as long as makes the energy fall, and none where none does."
+        )
     elif total is None:
         said.append(_limit(stretch, slope, normed, scalar))
     elif normed and not scalar:

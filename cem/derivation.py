@@ -68,6 +68,7 @@ UPDATES = {
         r"(|\nabla^{2} E| + \lambda I) \delta = @,\; h^{+} = h - \eta \delta",
         "(|∇²E| + λ I) δ = @,  h⁺ = h - η δ",
     ),
+    "LineSearch": (r"h^{+} = h - a P @", "h⁺ = h - a P @"),
     "Proximal": (r"h^{+} = \operatorname{prox}\left(h - \eta P @\right)", "h⁺ = prox(h - η P @)"),
 }
 
@@ -326,9 +327,10 @@ def _layer_facts(layer) -> Iterator[Block]:
         yield paragraph(*told)
     if layer.steps > 1:
         fixed = "input of the layer" if layer.refresh == "layer" else "input of each step"
+        seen = "a context that moves with them" if layer.moving else "the same context"
         told = [
-            f"The energy is descended {layer.steps} times with the same parameters and the same"
-            f" context; frozen values are those at the {fixed}."
+            f"The energy is descended {layer.steps} times with the same parameters and {seen};"
+            f" frozen values are those at the {fixed}."
         ]
         yield paragraph(*told)
 

@@ -24,7 +24,17 @@ from .language.symbols import Context, Dim, Frozen, NamedArray, Parameter, Scala
 from .language.tracing import Untranslatable, signature, translate
 from .language.validity import check_expression
 
-RESERVED = ("h", "x", "frozen", "visible", "causal", "position", "context_position", "states")
+RESERVED = (
+    "h",
+    "x",
+    "frozen",
+    "visible",
+    "causal",
+    "position",
+    "context_position",
+    "states",
+    "direction",
+)
 
 
 class Energy:

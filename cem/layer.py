@@ -6,24 +6,24 @@ Legend: B batch, T tokens, S context tokens, D dim.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from sympy import Symbol
 from torch import Tensor, nn
 
-from . import spectrum
+from . import descent, spectrum
 from .certificate import certify
+from .descent import LayerObjective, descend
 from .energy import Energy
 from .initialisation import initialise
-from .inputs import Reader, Seen
+from .inputs import Reader
 from .language.symbols import Scalar
 from .lowering import Lowering, lower
-from .preconditioner import AbstractPreconditioner
-from .sizes import check_names, solve_scalars, solve_sizes, width_of
+from .preconditioner import AbstractPreconditioner, preconditioner_of
+from .sizes import check_maskable, check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
 
-REFRESH = ("layer", "step")
 ATTRIBUTES = (
     "dim",
     "context_dim",
@@ -35,7 +35,12 @@ ATTRIBUTES = (
     "steps",
     "causal",
     "refresh",
+    "dense",
+    "moving",
     "joint",
+    "tolerance",
+    "checkpoint",
+    "steps_taken",
 )
 
 
@@ -67,12 +72,17 @@ class EnergyLayer(nn.Module):
         preconditioner: AbstractPreconditioner | None,
         norm: nn.Module,
         refresh: str,
+        moving: bool,
         joint: bool,
+        tolerance: float | None,
+        checkpoint: bool,
         lowering: str,
     ) -> None:
         super().__init__()
         self.energy_function = energy
-        self.causal, self.steps, self.refresh, self.joint = causal, steps, refresh, joint
+        self.causal, self.steps, self.refresh, self.moving = causal, steps, refresh, moving
+        self.joint = joint
+        self.tolerance, self.checkpoint, self.steps_taken = tolerance, checkpoint, steps
         self._sizes, self._asked = dict(sizes), lowering
         self._fixed = {s: v for s, v in scalars.items() if s.name not in learn}
         self.dim = width_of(energy.width, sizes)
@@ -96,19 +106,10 @@ class EnergyLayer(nn.Module):
     def _lower(self) -> Lowering:
         names = tuple(str(p.name) for p in self.energy_function.parameters)
         names += tuple(s.name for s in self._learned)
-        fixed: tuple[str, ...] = ()
-        if self.steps > 1:
-            fixed = (*(field for field in Seen._fields if field != "x" or not self.joint), *names)
-            fixed += ("frozen",) if self.refresh == "layer" else ()
-        return lower(
-            self.energy_function,
-            self._sizes,
-            self._fixed,
-            names,
-            kind=self._asked,
-            fixed=fixed,
-            joint=self.joint,
-        )
+        options = {"kind": self._asked, "fixed": descent.steady(self, names), "joint": self.joint}
+        lowering = lower(self.energy_function, self._sizes, self._fixed, names, **options)
+        self.dense = descent.needs_dense(self, lowering)
+        return lowering
 
     def reset_parameters(self) -> None:
         """Draw every parameter afresh; see :func:`~cem.initialisation.initialise`."""
@@ -124,7 +125,8 @@ class EnergyLayer(nn.Module):
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-    ) -> Tensor:
+        memory: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The state after ``steps`` updates.
 
         Args:
@@ -137,44 +139,41 @@ class EnergyLayer(nn.Module):
                 last T context tokens if None, or 0, 1, ... for a layer that is not causal.
             context_positions: (S,) or (..., S); ``positions`` if the context is None, else 0, 1, ...
             document_ids: whole numbers (..., S): tokens see those of their own document only.
+            memory: what a rule with momentum remembers, (..., T, D), to be carried from layer to layer: the first
+                gets ``layer.update.init(h)``, the next what this one returns.
 
         Returns:
-            states, shape (..., T, D).
+            states, shape (..., T, D); the pair (states, memory) if a memory is given.
         """
+        if self.moving:
+            descent.refuse_context(self, context)
         shape = h.shape
-        if self.joint and context is not None:
-            raise ValueError(
-                f"joint layer `{self.energy_function.name}` moves all tokens together: got `context`; call it"
-                " without `context`"
-            )
-        h, g, seen = self.reader(
-            self.norm,
+        h, first = self.begin(
             h,
             context=context,
             visible=visible,
             positions=positions,
             context_positions=context_positions,
             document_ids=document_ids,
-            dense=self.lowering.needs_mask,
         )
-        values = self.values()
-        frozen = g
-        fixed = self.lowering.prepare(g, frozen, *seen, *values)
-        state = self.update.init(h)
-        for step in range(self.steps):
-            if step:
-                g = self.norm(h)
-                frozen = g if self.refresh == "step" else frozen
-                seen = seen._replace(x=g) if self.joint else seen
-            gradient = self.lowering.gradient(g, frozen, *seen, *values, *fixed)
-            h, state = self.move(h, gradient, state)
-        return h.reshape(shape)
+        if memory is None:
+            return descend(self, first, h)[0].reshape(shape)
+        h, memory = descend(self, first, h, descent.carried(self, memory, shape).reshape(h.shape))
+        return h.reshape(shape), memory.reshape(shape)
 
-    def move(self, h: Tensor, gradient: Tensor, state):
-        """One update of h (B, T, D) along what ``lowering.gradient`` returned."""
-        if self.preconditioner is not None:
-            gradient = self.preconditioner(gradient)
-        return self.update.update(h, gradient, state, self.lowering.scale)
+    def begin(
+        self,
+        h: Tensor,
+        *,
+        dense: bool = False,
+        kind: type[LayerObjective] = LayerObjective,
+        **inputs: Tensor | None,
+    ) -> tuple[Tensor, LayerObjective]:
+        """States (B, T, D) from the inputs of :meth:`forward`, and what the first step descends."""
+        h, g, seen = self.reader(self.norm, h, dense=dense or self.dense, **inputs)
+        values = self.values()
+        fixed = self.lowering.prepare(g, g, *seen, *values)
+        return h, kind(self, g, g, seen, values, fixed)
 
     def values(self) -> tuple[Tensor, ...]:
         """Parameters and learned scalars in the order in which the lowering takes them."""
@@ -259,10 +258,16 @@ def derive(
     causal: bool = True,
     steps: int = 1,
     update: AbstractUpdate | None = None,
-    preconditioner: AbstractPreconditioner | Callable[[int], AbstractPreconditioner] | None = None,
+    preconditioner: AbstractPreconditioner
+    | Callable[[int], AbstractPreconditioner]
+    | Sequence
+    | None = None,
     norm: nn.Module | Callable[[int], nn.Module] | None = None,
     refresh: str = "layer",
+    moving: bool = False,
     joint: bool = False,
+    tolerance: float | None = None,
+    checkpoint: bool = False,
     lowering: str = "auto",
     learn: Iterable[str] = (),
     device: torch.device | str | None = None,
@@ -276,16 +281,23 @@ def derive(
     Args:
         energy: what to descend.
         causal: token t sees the context tokens s <= t; otherwise all of them.
-        steps: updates with the same parameters and the same context.
+        steps: updates with the same parameters and the same context; what depends on it alone is computed once.
         update: an update rule; ``cem.GradientDescent()`` if None.
-        preconditioner: P, a module or a class that is called with the width of the state; the identity if None.
+        preconditioner: P, a module or a class that is called with the width of the state, or a list of them, one
+            a step; the identity if None.
         norm: a module, or a class called with the width, in front of the energy: state and context are read
             through it, the gradient is taken with respect to its output and moves h. A context of another width
             than the state is read as it is.
         refresh: when ``frozen(h)`` is taken: ``"layer"`` once, at the input, or ``"step"``, before every step.
+        moving: all tokens move together and each step sees the others where they are by then: the context is the
+            state itself, read again before every step. Nothing is promised about the energy then.
         joint: differentiate the energies of all tokens together, as Energy Transformer does: a token is then also
             moved as the context of those that see it. It needs ``causal=False``, since a token that is seen
-            learns of those after it, and a context that is the state itself.
+            learns of those after it, and moves as with ``moving=True``.
+        tolerance: stop when the mean energy over all tokens, at the context and gates of a step, falls by no more than
+            this in the step; ``steps`` is the most, ``layer.steps_taken`` how many there were. It reads data, so
+            ``torch.compile`` breaks the graph at every step.
+        checkpoint: keep one state a step for the backward pass and take the step again there.
         lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
         device, dtype: where and in what the parameters are held, as in ``nn.Module.to``.
@@ -316,20 +328,21 @@ def derive(
     check_names(energy, learn, {*dir(EnergyLayer), *ATTRIBUTES}, arguments)
     sizes = solve_sizes(energy, sizes_and_scalars)
     scalars = solve_scalars(energy, sizes, sizes_and_scalars, learn)
-    looks_back = causal and energy.context is not None
-    if energy.expression is None and looks_back and not energy.masks_itself:
-        raise ValueError(
-            f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
-            f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"
-            " `causal=False`"
-        )
+    check_maskable(energy, causal)
     width = width_of(energy.width, sizes)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"`steps` is a positive integer: got {steps!r}; type `steps=1`")
-    if refresh not in REFRESH:
-        raise ValueError(f'`refresh` is "layer" or "step": got {refresh!r}; type `refresh="layer"`')
-    if joint:
-        _check_joint(energy, causal, sizes)
+    same = energy.context is not None and width == width_of(energy.context.shape[1], sizes)
+    moving = moving or joint
+    descent.check_recursion(energy, steps, refresh, moving, tolerance, same)
+    if joint and causal:
+        raise ValueError(
+            f"a joint layer of energy `{energy.name}` moves a token by the energies of those that see it, so it"
+            " cannot be causal: type `causal=False`"
+        )
+    if not isinstance(norm, nn.Module):
+        norm = nn.Identity() if norm is None else norm(width)
+    update = GradientDescent() if update is None else update
+    preconditioner = preconditioner_of(preconditioner, width, steps, norm)
+    update.check(energy, steps, preconditioner)
     layer = EnergyLayer(
         energy,
         sizes,
@@ -337,38 +350,14 @@ def derive(
         learn=learn,
         causal=causal,
         steps=steps,
-        update=GradientDescent() if update is None else update,
-        preconditioner=_made(preconditioner, width),
-        norm=nn.Identity() if norm is None else _made(norm, width),
+        update=update,
+        preconditioner=preconditioner,
+        norm=norm,
         refresh=refresh,
+        moving=moving,
         joint=joint,
+        tolerance=tolerance,
+        checkpoint=checkpoint,
         lowering=lowering,
     )
     return layer.to(device=device, dtype=dtype)
-
-
-def _check_joint(energy: Energy, causal: bool, sizes: Mapping[Symbol, int]) -> None:
-    if energy.context is None:
-        raise ValueError(
-            f"energy `{energy.name}` has no context, so its tokens do not meet: leave `joint=True` out"
-        )
-    if causal:
-        raise ValueError(
-            f"a joint layer of energy `{energy.name}` moves a token by the energies of those that see it, so it"
-            " cannot be causal: type `causal=False`"
-        )
-    if width_of(energy.context.shape[1], sizes) != width_of(energy.width, sizes):
-        raise ValueError(
-            f"a joint layer of energy `{energy.name}` needs states as its context: got widths"
-            f" {width_of(energy.width, sizes)} and {width_of(energy.context.shape[1], sizes)}"
-        )
-
-
-def _made(part: nn.Module | Callable | None, width: int) -> nn.Module | None:
-    """A module as it is; a class called with the width."""
-    if isinstance(part, AbstractPreconditioner) and part.dim != width:
-        kind = type(part).__name__
-        raise ValueError(
-            f"the preconditioner has dim={part.dim} and the state {width}: got {part}; type `cem.{kind}({width})`"
-        )
-    return part if part is None or isinstance(part, nn.Module) else part(width)

@@ -143,3 +143,18 @@ def check_names(
                 f"energy `{energy.name}`: `{name}` is an argument of `derive` itself, so it cannot name a"
                 " size or a scalar; type another name"
             )
+
+
+def check_maskable(energy: Energy, causal: bool) -> None:
+    """Refuse a causal layer of a callable that cannot be masked: it could see the future."""
+    if (
+        energy.expression is None
+        and energy.context is not None
+        and causal
+        and not energy.masks_itself
+    ):
+        raise ValueError(
+            f"energy `{energy.name}` cannot be masked, so a causal layer of it could see the future:"
+            f" {energy.reason}; give the callable an argument `visible` (bool, (seq,)) and mask with it, or type"
+            " `causal=False`"
+        )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .descent import LayerObjective
 from .layer import EnergyLayer
 
 
@@ -155,44 +156,78 @@ def _array(energies: Tensor | None):
     return energies.cpu().to(torch.promote_types(energies.dtype, torch.float32)).numpy()
 
 
-def _record(layer: EnergyLayer, name: str, records: list[LayerTrace], after: bool, states: bool):
-    """A stand-in for the layer's ``forward`` that also writes down its energies."""
+@dataclass
+class _Recording:
+    """The energies and states of one call, as its steps are taken."""
 
-    def forward(h: Tensor, **inputs: Tensor | None) -> Tensor:
-        shape, lowering, values = h.shape, layer.lowering, layer.values()
-        pair = lowering.gradient_and_energy
-        dense = pair.needs_mask or lowering.energy.needs_mask
-        h, g, around = layer.reader(layer.norm, h, **inputs, dense=dense)
-        frozen, state = g, layer.update.init(h)
-        call = {"layer": layer, "frozen": frozen, "seen": around}
-        before, later, seen = [], [], [g]
-        for step in range(layer.steps):
-            rest = (frozen, *around, *values)
-            gradient, energy = pair(g, *rest)
-            before.append(energy)
-            # Between steps at fixed gates the energy after one is the energy before the next.
-            if after and step and layer.refresh == "layer":
-                later.append(energy)
-            h, state = layer.move(h, gradient, state)
-            g = layer.norm(h)
-            seen.append(g)
-            if after and (layer.refresh == "step" or step + 1 == layer.steps):
-                later.append(lowering.energy(g, *rest))
-            if layer.refresh == "step":
-                frozen = g
-        records.append(
-            LayerTrace(
-                name,
-                layer.energy_function.name,
-                torch.stack(before),
-                torch.stack(later) if after else None,
-                torch.stack(seen) if states else None,
-                call,
-            )
+    layer: EnergyLayer
+    name: str
+    after: bool
+    first: LayerObjective
+    last: tuple[_Recorded, Tensor] | None = None
+    before: list[Tensor] = field(default_factory=list)
+    later: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+    def finish(self, states: bool) -> LayerTrace:
+        """The trace of the call, after its last step."""
+        objective, h = self.last
+        g = self.layer.norm(h)
+        if self.after and not self.later:
+            # At a fixed context and fixed gates the energy after a step is the energy before the next.
+            self.later = [*self.before[1:], objective.energy_at(g)]
+        return LayerTrace(
+            self.name,
+            self.layer.energy_function.name,
+            torch.stack(self.before),
+            torch.stack(self.later) if self.after else None,
+            torch.stack([*self.states, g]) if states else None,
+            {"layer": self.layer, "frozen": self.first.frozen, "seen": self.first.seen},
         )
-        return h.reshape(shape)
 
-    return forward
+
+class _Recorded(LayerObjective):
+    """An objective that writes down the energies before and after its step."""
+
+    recording: _Recording
+    start: Tensor | None = None
+
+    def at(self, h: Tensor, step: int) -> LayerObjective:
+        found = super().at(h, step)
+        found.recording = self.recording
+        return found
+
+    def gradient(self, g: Tensor) -> Tensor:
+        gradient, energy = self.layer.lowering.gradient_and_energy(g, *self.around)
+        if g is self.g:
+            self.start = energy
+        return gradient
+
+    def energy_at(self, g: Tensor) -> Tensor:
+        """Energies (B, T) at what the energy reads."""
+        return self.layer.lowering.energy(g, *self.around)
+
+    def taken(self, before: Tensor, after: Tensor) -> None:
+        record = self.recording
+        record.before.append(self.energy_at(self.g) if self.start is None else self.start)
+        record.states.append(self.g)
+        record.last = self, after
+        if record.after and (self.layer.moving or self.layer.refresh == "step"):
+            record.later.append(self.energy_at(self.layer.norm(after)))
+
+
+def _record(layer: EnergyLayer, name: str, records: list[_Recording], after: bool):
+    """A stand-in for the layer's ``begin`` whose objective also writes down energies."""
+
+    def begin(h: Tensor, **inputs):
+        lowering = layer.lowering
+        dense = lowering.gradient_and_energy.needs_mask or lowering.energy.needs_mask
+        h, first = type(layer).begin(layer, h, dense=dense, kind=_Recorded, **inputs)
+        first.recording = _Recording(layer, name, after, first)
+        records.append(first.recording)
+        return h, first
+
+    return begin
 
 
 def trace(
@@ -201,8 +236,10 @@ def trace(
     """Run a model once and record the energies of all its energy layers.
 
     Every energy is taken at the context and the gates that the step itself saw, before and after it, so that a
-    drop is what the step achieved and not what other tokens did meanwhile. The model runs under
-    ``torch.no_grad``; attention energies come from the kernel's own log-sum-exp.
+    drop is what the step achieved and not what other tokens did meanwhile. With momentum, or a point ahead, these
+    are the energies of the states themselves, and a step may go up. For ``Proximal`` it is the smooth energy E,
+    without the r whose prox is taken, which E may rise to pay for. The model runs under ``torch.no_grad``;
+    attention energies come from the kernel's own log-sum-exp.
 
     Args:
         model: any module that contains energy layers, or one energy layer.
@@ -225,16 +262,15 @@ def trace(
         raise ValueError(
             f"`trace` found no energy layer in {type(model).__name__}: make one with `cem.derive(energy, ...)`"
         )
-    records: list[LayerTrace] = []
+    records: list[_Recording] = []
     with ExitStack() as restore, torch.no_grad():
         for name, layer in layers.items():
-            layer.forward = _record(
-                layer, name or layer.energy_function.name, records, after, states
-            )
-            restore.callback(layer.__dict__.pop, "forward")
+            layer.begin = _record(layer, name or layer.energy_function.name, records, after)
+            restore.callback(layer.__dict__.pop, "begin")
         model(*inputs, **keywords)
-    if not records:
+        found = tuple(record.finish(states) for record in records)
+    if not found:
         raise ValueError(
             f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}"
         )
-    return EnergyTrace(tuple(records))
+    return EnergyTrace(found)

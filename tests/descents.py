@@ -222,26 +222,47 @@ class Trials(Energies):
         return norm
 
     def preconditioner(self):
-        kind = self.one_of(None, None, cem.ScaledIdentity, cem.Diagonal)
-        if kind is None:
+        dim = SIZES["dim"]
+        kinds = (
+            lambda: cem.ScaledIdentity(dim),
+            lambda: cem.Diagonal(dim),
+            lambda: cem.DiagonalPlusLowRank(dim, 2),
+            lambda: cem.BlockDiagonal(dim, 2),
+            lambda: cem.Diagonal(dim, signed=True),
+        )
+        make = self.one_of(None, None, None, *kinds)
+        if make is None:
             return None
-        found = kind(SIZES["dim"])
+        found = make()
         with torch.no_grad():
-            found.d.copy_(3 * torch.randn(found.d.shape, generator=self.torch))
+            for parameter in found.parameters():
+                parameter.copy_(3 * torch.randn(parameter.shape, generator=self.torch))
         return found
+
+    def update(self, learned):
+        size = self.log_uniform(1e-3, 1e3)
+        kinds = (
+            lambda: cem.Momentum(size, 0.9, learn=learned),
+            lambda: cem.Nesterov(size, 0.9, learn=learned),
+            lambda: cem.LineSearch(),
+        )
+        plain = [lambda: cem.GradientDescent(size, learn=learned)] * 5
+        return self.one_of(*plain, *kinds)()
 
     def trial(self, energy):
         """A layer of an energy and inputs."""
         learned = self.random.random() < 0.3
-        update = cem.GradientDescent(self.log_uniform(1e-3, 1e3), learn=learned)
+        update = self.update(learned)
         sizes = {str(size): SIZES[str(size)] for size in energy.dims}
         scalars = {"gamma": self.random.gauss(0, 1), "beta": self.log_uniform(0.1, 10.0)}
-        scalars = {scalar.name: scalars[scalar.name] for scalar in energy.scalars}
+        names = {scalar.name for scalar in energy.scalars}
+        scalars = {name: value for name, value in scalars.items() if name in names}
         layer = cem.derive(
             energy,
             causal=self.one_of(True, False),
             steps=self.one_of(1, 1, 2, 3),
             refresh=self.one_of("layer", "step"),
+            moving=energy.context is not None and self.random.random() < 0.1,
             update=update,
             norm=self.norm(),
             preconditioner=self.preconditioner(),
@@ -262,13 +283,15 @@ class Trials(Energies):
                 tensor.copy_(scale * self.normal(*tensor.shape))
         self.set_step_size(layer)
         inputs = {"h": self.log_uniform(0.1, 10.0) * self.normal(1, 3, layer.dim)}
-        if energy.context is not None and self.random.random() < 0.5:
+        if energy.context is not None and not layer.moving and self.random.random() < 0.5:
             inputs["context"] = self.log_uniform(0.1, 10.0) * self.normal(1, 4, layer.dim)
         return Trial(layer, inputs)
 
     def set_step_size(self, layer):
         """Mostly as drawn; often right below the bound of the certificate, sometimes negative."""
         bound, update = layer.certificate.bound, layer.update
+        if isinstance(update, cem.LineSearch):
+            return
         size = float(torch.as_tensor(update.step_size).detach())
         if bound and math.isfinite(bound) and self.random.random() < 0.7:
             size = bound * self.one_of(0.9, 0.99, 0.999999, 0.5)

@@ -130,7 +130,8 @@ class Signed(cem.AbstractPreconditioner):
 
 
 def test_a_preconditioner_that_may_be_negative():
-    for preconditioner in (Signed, nn.Linear(12, 12, dtype=torch.float64)):
+    low = cem.DiagonalPlusLowRank(12, 2, signed=True)
+    for preconditioner in (Signed, cem.Diagonal(12, signed=True), low):
         found = derive(energies.interaction, preconditioner=preconditioner).certificate
         assert (found.verdict, found.bound, found.holds) == ("measured only", None, False)
         assert "not positive semi-definite by construction" in str(found)

@@ -276,6 +276,22 @@ def test_a_layer_is_shown_with_its_certificate(norm):
     )
 
 
+def test_nothing_is_promised_for_signs_and_moving_contexts():
+    energy = energy_of("interaction")
+
+    def shown(**options):
+        layer = cem.derive(energy, dim=6, heads=2, rank=3, steps=2, **options)
+        # Lines are wrapped, at hyphens too.
+        return "".join(Derivation.of_energy(energy, layer).text().split())
+
+    held = shown(preconditioner=cem.Diagonal)
+    assert "concave" in held and "positivesemi-definite" in held and "thesamecontext" in held
+    signed = shown(preconditioner=cem.Diagonal(6, signed=True))
+    assert "notpositivesemi-definitebyconstruction" in signed and "ismeasured" in signed
+    moving = shown(moving=True)
+    assert "thecontextmoveswiththestates" in moving.lower() and "ismeasured" in moving
+
+
 def test_an_energy_without_expression_says_why():
     energy = SimpleNamespace(name="loop", expression=None, reason="It loops over the tokens.")
     derivation = Derivation.of_energy(energy)

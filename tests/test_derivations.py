@@ -25,6 +25,7 @@ PAGES = (
     "mixture_of_experts",
     "ista",
     "recursion",
+    "preconditioned_step",
 )
 CONCRETE = {
     "dim": 3,
@@ -133,6 +134,16 @@ def test_page_runs_by_its_dotted_name():
         (
             "recursion",
             {"Q": (3, 5, 13), "K": (3, 5, 13), "U": (7, 13), "G": (7, 13)},
+            {"matmul", "sdpa"},
+        ),
+        (
+            "preconditioned_step",
+            {
+                "Q": (3, 5, 13),
+                "K": (3, 5, 13),
+                "preconditioner.d": (13,),
+                "preconditioner.V": (13, 4),
+            },
             {"matmul", "sdpa"},
         ),
     ],

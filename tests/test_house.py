@@ -19,7 +19,7 @@ GALLERIES = {"energies", "derivations"}
 # Lowest first. A module imports from lower floors and from its own part, never sideways or up.
 # A part is a module or a folder of cem; `__init__` is cem/__init__.py, the face.
 FLOORS = (
-    ("_version", "plot", "visibility"),
+    ("_version", "krylov", "plot", "prox", "visibility"),
     ("language",),
     ("calculus",),
     ("derivation",),
@@ -34,8 +34,9 @@ FLOORS = (
         "spectrum",
         "update",
     ),
+    ("descent", "line_search", "newton"),
     ("layer",),
-    ("trace", "growth", "routing", "analysis", "testing"),
+    ("fixed_point", "trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),
     ("hf",),
     ("__init__",),

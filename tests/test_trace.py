@@ -84,8 +84,8 @@ def test_the_model_is_left_as_it_was(h):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     cem.trace(model, h)
     for layer in (model.attention, model.inner[0]):
-        assert "forward" not in vars(layer)
-        assert inspect.ismethod(layer.forward)
+        assert "begin" not in vars(layer)
+        assert inspect.ismethod(layer.begin)
     assert torch.equal(model(h), before)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
@@ -94,7 +94,7 @@ def test_the_model_is_left_as_it_was_after_an_error(h):
     model = Block()
     with pytest.raises(ValueError, match="takes a state of shape"):
         cem.trace(model, h[..., :-1])
-    assert "forward" not in vars(model.attention)
+    assert "begin" not in vars(model.attention)
     assert model(h).shape == h.shape
 
 

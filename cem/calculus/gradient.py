@@ -20,6 +20,7 @@ from ..language.symbols import (
     Ravel,
     Softmax,
     State,
+    direction,
     index,
     is_word,
     spelling,
@@ -65,6 +66,23 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     return canonical(
         Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy)))
     )
+
+
+def hessian_product(gradient_: Expr, width: Expr) -> Expr:
+    """sum_c d2E/dh_d dh_c v_c from dE/dh_c, in canonical form: the gradient of <dE/dh, v> with v constant.
+
+    ``gradient_`` and the result have the one free index ``output_index(width)``.
+
+    >>> from sympy import Sum
+    >>> import cem
+    >>> dim = cem.dims("dim")
+    >>> h, i = cem.state(dim), dim.index("i")
+    >>> hessian_product(gradient(canonical(Sum(h[i]**4, i)), dim), dim)
+    12*direction[d]*h[d]**2
+    """
+    free = output_index(width)
+    along = total(gradient_ * direction(width)[free], (free,))
+    return gradient(canonical(along), width)
 
 
 def sweep(

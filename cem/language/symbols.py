@@ -118,6 +118,10 @@ class Frozen(NamedArray):
     """The state's own value at the input of the layer; fixed in dE/dh only."""
 
 
+class Direction(NamedArray):
+    """A constant vector of one token like its state, along which a derivative is taken."""
+
+
 class Context(NamedArray):
     """The tokens that a token may see, shape (seq, dim)."""
 
@@ -148,6 +152,11 @@ def state(*shape: Expr, name: str = "h") -> State:
             " or, for a width in blocks, `cem.state(heads * block)`"
         )
     return _tensor(State, name, shape)
+
+
+def direction(width: Expr) -> Direction:
+    """The constant vector v of a Hessian product, shape (width,)."""
+    return _tensor(Direction, "direction", (width,))
 
 
 def context(*shape: Expr, name: str = "x") -> Context:

@@ -82,7 +82,11 @@ class only(Activation):
     """
 
     def __new__(cls, z, **options):
-        return super().__new__(cls, indicator(z) if isinstance(z, Boolean | bool) else z, **options)
+        # A symbol of SymPy is a Boolean too.
+        is_condition = isinstance(z, Boolean) and not isinstance(z, Expr)
+        return super().__new__(
+            cls, indicator(z) if isinstance(z, bool) or is_condition else z, **options
+        )
 
 
 def indicator(condition) -> Expr:

@@ -10,7 +10,7 @@ import torch
 from sympy import Expr, Idx, Symbol
 from torch import Tensor, fx
 
-from ..calculus.gradient import output_index
+from ..calculus.gradient import hessian_product, output_index
 from ..energy import Energy
 from ..language.conversion import as_expression
 from ..language.symbols import Scalar
@@ -23,6 +23,7 @@ from .reference import (
     energy_of,
     from_callable,
     gradient_of,
+    hessian_of,
     joint_gradient_of,
     loop_tokens,
     map_tokens,
@@ -104,6 +105,24 @@ class EnergyFunction:
         return found if self.scale == 1 else self.scale * found
 
 
+@dataclass(frozen=True)
+class HessianFunction:
+    """(h, frozen, *seen, *parameters) -> the linear map v -> d2E/dh2 v, (B, T, D) to (B, T, D).
+
+    What does not depend on v is computed once; ``curvature`` is that of the energy, ``needs_mask`` as in ``Lowering``.
+    """
+
+    prepare: Callable[..., tuple]
+    apply: Callable[..., Tensor]
+    curvature: str
+    needs_mask: bool = False
+    scale: float = 1.0
+
+    def __call__(self, *inputs) -> Callable[[Tensor], Tensor]:
+        fixed = self.prepare(*inputs)
+        return lambda v: self.scale * self.apply(*inputs, v, *fixed)
+
+
 class Lowering:
     """The torch functions of a layer and how they were found.
 
@@ -122,6 +141,7 @@ class Lowering:
         gradient: dE/dh (B, T, D) divided by ``scale``.
         energy: energies (B, T).
         gradient_and_energy: what ``gradient`` and ``energy`` return, from the same kernel calls.
+        hessian_product: (h, ...) -> the map v -> d2E/dh2 v (B, T, D).
     """
 
     kind: str
@@ -135,6 +155,7 @@ class Lowering:
     gradient: Callable[..., Tensor]
     energy: EnergyFunction
     gradient_and_energy: EnergyFunction
+    hessian_product: HessianFunction
 
 
 class Fused(Lowering):
@@ -170,6 +191,20 @@ class Fused(Lowering):
         program = self.plan.program(expressions, self.axis)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
 
+    @cached_property
+    def hessian_product(self) -> HessianFunction:
+        """The Hessian times a vector in closed form: the calculus differentiates <dE/dh, v> once more."""
+        energy, plan = self.plan.energy, self.plan
+        program = plan.program([hessian_product(energy.gradient, energy.width)], self.axis)
+        prepare, apply, border = split(program.graph, plan.arguments)
+        return HessianFunction(
+            plan.compile(prepare, "prepare"),
+            plan.compile(apply, "hessian_product", ["direction", *border]),
+            energy.curvature,
+            program.needs_mask,
+            program.scale,
+        )
+
 
 class Autograd(Lowering):
     """The derivative of the energy of one token, taken by autograd when the layer runs."""
@@ -192,6 +227,9 @@ class Autograd(Lowering):
         self.energy = EnergyFunction(energy_of(token, mapping))
         self.gradient_and_energy = EnergyFunction(
             lambda *inputs: (self.gradient(*inputs), self.energy(*inputs))
+        )
+        self.hessian_product = HessianFunction(
+            lambda *inputs: (), hessian_of(self.gradient), plan.energy.curvature
         )
 
 

@@ -15,6 +15,7 @@ from ..language.positions import ContextPosition, Lookup, Rope, TokenPosition
 from ..language.symbols import (
     SEQ,
     Context,
+    Direction,
     Frozen,
     LogSumExp,
     Parameter,
@@ -184,6 +185,8 @@ class Emitter:
                 node, axes = self.input("h"), list(self.lead)
             case Frozen():
                 node, axes = self.input("frozen"), list(self.lead)
+            case Direction():
+                node, axes = self.input("direction"), list(self.lead)
             case Context():
                 node, axes = self.input("x"), [BATCH] if self.batched else []
             case ContextPosition():

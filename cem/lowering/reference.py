@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 TokenEnergy = Callable[..., Tensor]
@@ -177,6 +177,20 @@ def joint_gradient_of(
         return grad(total)(h, h if frozen is None else frozen, *rest)
 
     return gradient
+
+
+def hessian_of(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """(h (B, T, D), frozen, *seen, *parameters, v (B, T, D)) -> d2E/dh2 v (B, T, D), from ``gradient_of``.
+
+    The Hessian of a token is symmetric and tokens do not mix, so the product with v is a vector-Jacobian product.
+    """
+
+    def product(h: Tensor, frozen: Tensor | None, *rest) -> Tensor:
+        *rest, v = rest
+        frozen = h if frozen is None else frozen
+        return vjp(lambda z: gradient(z, frozen, *rest), h)[1](v)[0]
+
+    return product
 
 
 def energy_of(

@@ -12,6 +12,7 @@ from ..language.symbols import (
     SEQ,
     Context,
     Dim,
+    Direction,
     Frozen,
     LogSumExp,
     NamedArray,
@@ -63,7 +64,7 @@ def sources(expression: Expr) -> frozenset[type[NamedArray] | str]:
     while stack:
         node = stack.pop()
         if isinstance(node, Indexed):
-            if isinstance(node.base, State | Frozen | Context | ContextPosition):
+            if isinstance(node.base, State | Frozen | Direction | Context | ContextPosition):
                 found.add(type(node.base))
             continue
         if isinstance(node, TokenPosition):
@@ -86,7 +87,7 @@ def _reduced(node: Expr) -> frozenset[Idx]:
 
 def moves_with_token(expression: Expr) -> bool:
     """Whether the value differs from token to token (through the state, its position or the visible set)."""
-    return bool(sources(expression) & {State, Frozen, TokenPosition, "visible"})
+    return bool(sources(expression) & {State, Frozen, Direction, TokenPosition, "visible"})
 
 
 def is_placed(expression: Expr) -> bool:

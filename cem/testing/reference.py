@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from sympy import Expr
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..energy import Energy
 from ..layer import EnergyLayer
+from ..update import AbstractUpdate
 
 
 def reference_update(
@@ -30,11 +32,13 @@ def reference_update(
     document_ids: Tensor | None = None,
     causal: bool = True,
     step_size: float | Tensor = 1.0,
+    update: AbstractUpdate | None = None,
     steps: int = 1,
     refresh: str = "layer",
+    moving: bool = False,
     joint: bool = False,
     norm: Callable[[Tensor], Tensor] | None = None,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
+    preconditioner: Callable[..., Tensor] | None = None,
     **parameters_and_scalars: float | Tensor,
 ) -> Tensor:
     """The state after ``steps`` updates, by definition.
@@ -43,9 +47,10 @@ def reference_update(
 
     One token at a time: g = norm(h), x_V holds the context tokens that token t may see and no
     others, and frozen is g at the input of the layer or of the step. Only g_t is differentiated.
+    An update rule is given the gradient where it looks, g = norm(update.look(h, memory)).
     Training gradients flow through everything: h, the context, the frozen state, parameters,
-    scalars and the step size. ``joint`` differentiates the sum of all energies for all states instead, each the
-    others' context.
+    scalars and what the rule learns. ``joint`` differentiates the sum of all energies for all states instead, each
+    the others' context.
 
     Args:
         energy: the energy of one token.
@@ -54,7 +59,9 @@ def reference_update(
         visible: bool, True where a token may look: (..., S) or (..., T, S), beside causality.
         positions, context_positions, document_ids: as in :meth:`cem.EnergyLayer.forward`.
         causal: whether token t is kept from seeing what comes after it.
-        step_size, steps, refresh, joint, norm, preconditioner: as in :func:`cem.derive`.
+        step_size: of plain gradient descent; an update rule has its own.
+        update, steps, refresh, moving, joint, norm: as in :func:`cem.derive`.
+        preconditioner: called as ``preconditioner(gradient, h, step)``.
         **parameters_and_scalars: every parameter by name, and scalars other than their default.
 
     Returns:
@@ -71,10 +78,16 @@ def reference_update(
     places = (positions, context_positions, document_ids)
     tokens = _Tokens(energy, h, context, visible, places, causal, norm, parameters_and_scalars)
     states, frozen = h, tokens.read(h)
+    memory = None if update is None else update.init(h)
     for step in range(steps):
-        g = tokens.read(states)
         if step and refresh == "step":
-            frozen = g
+            frozen = tokens.read(states)
+        if step and moving:
+            tokens = _Tokens(
+                energy, states, None, visible, places, causal, norm, parameters_and_scalars
+            )
+        point = states if update is None else update.look(states, memory)
+        g = tokens.read(point)
         if joint:
 
             def total(z: Tensor, frozen: Tensor = frozen) -> Tensor:
@@ -86,7 +99,13 @@ def reference_update(
             gradient = derivative(total, g.reshape(h.shape))
         else:
             gradient = tokens.each(derivative, g, frozen).reshape(h.shape)
-        states = states - step_size * (preconditioner or _same)(gradient)
+        if preconditioner is not None:
+            gradient = preconditioner(gradient, point, step)
+        if update is None:
+            states = states - step_size * gradient
+        else:
+            objective = _Objective(tokens, frozen, step, energy.curvature)
+            states, memory = update.update(states, gradient, memory, 1.0, objective)
     return states
 
 
@@ -116,7 +135,7 @@ def reference_energy(
 
 
 def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tensor:
-    """:func:`reference_update` with everything that a layer of plain gradient descent holds.
+    """:func:`reference_update` with everything that a layer holds.
 
     ``inputs`` are those of ``layer.forward``; the result depends on the parameters of the layer.
     """
@@ -124,9 +143,10 @@ def reference_of(layer: EnergyLayer, h: Tensor, **inputs: Tensor | None) -> Tens
         layer.energy_function,
         h,
         causal=layer.causal,
-        step_size=layer.update.step_size,
+        update=layer.update,
         steps=layer.steps,
         refresh=layer.refresh,
+        moving=layer.moving,
         joint=layer.joint,
         norm=layer.norm,
         preconditioner=layer.preconditioner,
@@ -197,12 +217,46 @@ class _Tokens:
         return torch.stack(found)
 
 
+@dataclass(frozen=True)
+class _Objective:
+    """What an update rule may ask of one step, token by token; see :class:`cem.update.Objective`."""
+
+    tokens: _Tokens
+    frozen: Tensor
+    step: int
+    curvature: str
+
+    def energy(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.tokens.each(_value, self.tokens.read(h), self.frozen).reshape(h.shape[:-1])
+
+    def slope(self, h: Tensor, direction: Tensor) -> Tensor:
+        def through(at: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return self.tokens.each(_value, self.tokens.read(at), self.frozen).sum()
+
+        with torch.no_grad():
+            return (derivative(through, h) * direction).sum(-1)
+
+    def hessian(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        matrices = self.tokens.each(_hessian, self.tokens.read(h), self.frozen)  # (tokens, D, D)
+        return lambda v: torch.einsum("nde,ne->nd", matrices, v.reshape(-1, v.shape[-1])).reshape(
+            v.shape
+        )
+
+
 def _same(value: Tensor) -> Tensor:
     return value
 
 
 def _value(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return function(at)
+
+
+def _hessian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The second derivative at one state, (D, D), row by row."""
+    rows = [derivative(lambda z, d=d: derivative(function, z)[d], at) for d in range(len(at))]
+    return torch.stack(rows)
 
 
 def derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
