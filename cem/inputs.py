@@ -57,10 +57,12 @@ class Reader:
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         dense: bool = False,
+        past: int | None = None,
     ) -> tuple[Tensor, Tensor, Seen]:
         """(h, norm(h), what is seen), each with one batch axis.
 
-        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone.
+        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone. With ``past``
+        earlier tokens in a cache, the mask is over them too, x and ``context_position`` are those of the new ones.
         """
         self.check(h, "state", self.dim)
         tokens = h.reshape(-1, *h.shape[-2:])
@@ -81,9 +83,12 @@ class Reader:
                     f"layer `{self.energy.name}` needs a context of width {self.context_dim}: got none;"
                     " call it with `context=`"
                 )
-            T, S = tokens.shape[1], x.shape[1]
+            T, S = tokens.shape[1], x.shape[1] + (past or 0)
             mask, causal = self._visible(T, S, visible, document_ids, h, dense)
-        own, others = self._positions(positions, context_positions, T, S, context, h)
+        if past is not None and self.placed and positions is None:
+            positions = torch.arange(past, past + T, device=h.device)
+        length = S if past is None else T
+        own, others = self._positions(positions, context_positions, T, length, context, h)
         return tokens, g, Seen(x, mask, causal, own, others)
 
     def check(self, h: Tensor, what: str, width: int) -> None:
@@ -137,6 +142,8 @@ class Reader:
                 f" tokens for {T}; derive it with `causal=False` for cross attention"
             )
         masked = visible is not None or document_ids is not None
+        if T == 1 and self.causal and not masked and not dense:
+            return None, False
         if not masked and not dense and not (self.causal and S != T):
             return None, self.causal
         if masked and energy.expression is None and not energy.masks_itself:

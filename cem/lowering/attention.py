@@ -23,7 +23,7 @@ from ..language.canonical import free_indices
 from ..language.symbols import LogSumExp, Softmax, spelling
 from ..language.tokens import TokenSum
 from . import kernels
-from .bilinear import EXACT, Feature, Score, Term, bilinear
+from .bilinear import EXACT, Feature, Score, Term, bilinear, reach
 from .features import Features, Host
 from .values import BATCH, TOKEN, Value, is_placed, is_seq, moves_with_token
 
@@ -82,6 +82,7 @@ class AttentionGroups:
         self.emitter, self.features = emitter, Features(emitter)
         self.groups: dict[tuple[Expr, Idx], Group | None] = {}
         self.wanted: set[tuple[Expr, Idx]] = set()
+        self.reaches: list[int | None] = []
 
     def collect(self, expressions: Sequence[Expr]) -> None:
         """Register every weighted sum and every log-sum-exp before anything is emitted."""
@@ -205,6 +206,9 @@ class AttentionGroups:
                 k = ops.call(F.pad, k, (0, start - width))
             width = max(width, start)
         ops.kernels.add("sdpa")
+        ops.keep(k, "append")
+        ops.keep(v, "append")
+        self.reaches.append(reach(group.score.conditions))
         if (group.body, group.index) in self.wanted:
             both = ops.call(
                 kernels.attention_with_logsumexp,

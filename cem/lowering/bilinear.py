@@ -10,8 +10,9 @@ from itertools import count
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
 
 from ..language.canonical import free_indices, rename
+from ..language.positions import TOKEN_POSITION, ContextPosition
 from ..language.symbols import Dim, Frozen, Parameter, State, index, size_of, spelling, total
-from ..language.words import only
+from ..language.words import only, step
 from .values import is_placed, is_seq, moves_with_token, sources
 
 EXACT = index("part", Dim("parts"))
@@ -23,6 +24,25 @@ def split_conditions(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
     terms = Add.make_args(score)
     conditions = tuple(term.args[0] for term in terms if isinstance(term, only))
     return Add(*(term for term in terms if not isinstance(term, only))), conditions
+
+
+def reach(conditions: Iterable[Expr]) -> int | None:
+    """How many tokens back a token may see, itself among them, by conditions on their distance; None for all."""
+    found = [_reach(factor) for one in conditions for factor in Mul.make_args(one)]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _reach(factor: Expr) -> int | None:
+    """n where a factor is positive only if the distance of the positions is below n, which is a whole number."""
+    if isinstance(factor, step):
+        positive = factor.args[0]
+    elif isinstance(1 - factor, step):
+        positive = 1 - (1 - factor).args[0]
+    else:
+        return None
+    others = [leaf for leaf in positive.atoms(Indexed) if isinstance(leaf.base, ContextPosition)]
+    bound = positive + TOKEN_POSITION - Add(*others)
+    return max(int(bound), 1) if len(others) == 1 and bound.is_Integer else None
 
 
 @dataclass
