@@ -26,6 +26,7 @@ class Seen(NamedTuple):
         position: positions of the states, (B or 1, T), or None for an energy without positions.
         context_position: positions of the context tokens, (B or 1, S), or None.
         states: what earlier tokens left to each linear attention, where a decoder has seen some, else None.
+        ordered: whether the states are the context and stand at positions 0, 1, 2, ...
     """
 
     x: Tensor | None
@@ -34,6 +35,7 @@ class Seen(NamedTuple):
     position: Tensor | None
     context_position: Tensor | None
     states: tuple[Tensor | None, ...] | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,13 @@ class Reader:
                 )
             T, S = tokens.shape[1], x.shape[1] + (past or 0)
             mask, causal = self._visible(T, S, visible, document_ids, h, dense)
+        ordered = all(given is None for given in (context, positions, context_positions))
+        ordered = ordered and self.placed and not past
         if past is not None and self.placed and positions is None:
             positions = torch.arange(past, past + T, device=h.device)
         length = S if past is None else T
         own, others = self._positions(positions, context_positions, T, length, context, h)
-        return tokens, g, Seen(x, mask, causal, own, others)
+        return tokens, g, Seen(x, mask, causal, own, others, None, ordered)
 
     def check(self, h: Tensor, what: str, width: int) -> None:
         """Refuse a state or a context of another kind or shape."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONTEXT, SIZES, Case, a, by_name, dot, h, key, lse, r, s
+from helpers import CONTEXT, SIZES, Case, a, assert_same, by_name, dot, gradients, h, key, lse, r, s
 from sympy import Sum
 
 import cem
@@ -194,3 +194,21 @@ def test_layers_without_a_cache(options, message):
         Case(energies.interaction, ()).derive(**options).init_cache(1, 4)
     with pytest.raises(ValueError, match="has no context made of its own states"):
         Case(energies.gated, ()).derive().init_cache(1, 4)
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+def test_a_window_in_blocks_is_the_mask(sinks):
+    """A sequence in order goes block by block, with the numbers and the gradients of the mask."""
+    near = (t - u < 4) | (u < sinks) if sinks else t - u < 4
+    energy = cem.Energy(lse(TURNED + cem.only(near)), name="near")
+    layer = cem.derive(energy, dim=12, heads=2, rank=6, dtype=torch.float64)
+    assert "kernels.windowed_attention" in layer.code
+    h = torch.randn(2, 300, 12, dtype=torch.float64)
+    blocks, mask = (
+        gradients(layer, layer, {"h": h}, **inputs)
+        for inputs in ({}, {"positions": torch.arange(300)})
+    )
+    assert_same(blocks, mask, 1e-12)
+    changed = h.clone()
+    changed[:, 200:] = 0.0
+    assert torch.equal(layer(changed)[:, :200], layer(h)[:, :200])

@@ -68,7 +68,7 @@ class _Plan:
             )
         program = self.program([self.energy.expression], batched=False)
         scale = program.scale
-        arguments = [name for name in self.arguments if name not in ("causal", "states")]
+        arguments = [name for name in self.arguments if name not in ("causal", "states", "ordered")]
         function = compiled(listing(program.graph, "energy", arguments), "energy")
         return function if scale == 1 else lambda *inputs: scale * function(*inputs)
 
@@ -86,7 +86,7 @@ class _Plan:
         shapes = {str(parameter.name): tuple(parameter.shape) for parameter in energy.parameters}
         values = (draw(*shapes[name]) if name in shapes else torch.ones(()) for name in self.names)
         places = torch.arange(2.0)[None]
-        return h, h, x, None, energy.masks_itself, places, places, None, *values
+        return h, h, x, None, energy.masks_itself, places, places, None, False, *values
 
 
 @dataclass(frozen=True)

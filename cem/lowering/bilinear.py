@@ -32,6 +32,28 @@ def reach(conditions: Iterable[Expr]) -> int | None:
     return min((n for n in found if n is not None), default=None)
 
 
+def window_of(conditions: Sequence[Expr]) -> tuple[int, int] | None:
+    """(window, sinks) where tokens see those at a distance below the window, and the first few, and no others."""
+    if len(conditions) != 1:
+        return None
+    if (window := _reach(conditions[0])) is not None:
+        return window, 0
+    parts = [1 - factor for factor in Mul.make_args(1 - conditions[0])]
+    windows = [n for n in map(_reach, parts) if n is not None]
+    sinks = [n for n in map(_first, parts) if n is not None]
+    return (windows[0], sinks[0]) if len(parts) == 2 and windows and sinks else None
+
+
+def _first(factor: Expr) -> int | None:
+    """n where a factor is positive only for the first n tokens."""
+    leaves = factor.atoms(Indexed)
+    if not isinstance(factor, step) or len(leaves) != 1 or factor.has(TOKEN_POSITION):
+        return None
+    (leaf,) = leaves
+    bound = factor.args[0] + leaf
+    return int(bound) if isinstance(leaf.base, ContextPosition) and bound.is_Integer else None
+
+
 def _reach(factor: Expr) -> int | None:
     """n where a factor is positive only if the distance of the positions is below n, which is a whole number."""
     if isinstance(factor, step):

@@ -13,7 +13,17 @@ from torch import fx
 from .emit import Emitter
 from .values import Value, is_placed
 
-INPUTS = ("h", "frozen", "x", "visible", "causal", "position", "context_position", "states")
+INPUTS = (
+    "h",
+    "frozen",
+    "x",
+    "visible",
+    "causal",
+    "position",
+    "context_position",
+    "states",
+    "ordered",
+)
 """Names of a program's inputs; parameters and learned scalars follow under their own names."""
 
 
