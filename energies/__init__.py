@@ -19,6 +19,7 @@ from .parallel_block import parallel_block
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
+from .rotary_interaction import rotary_interaction, rotary_interaction_by
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
 from .sparsification import sparsification
@@ -71,6 +72,8 @@ __all__ = [
     "polynomial_memory",
     "polynomial_memory_by",
     "quadratic_well",
+    "rotary_interaction",
+    "rotary_interaction_by",
     "soft_capped_interaction",
     "sparse_coding",
     "sparsification",

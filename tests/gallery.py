@@ -2,6 +2,7 @@
 
 import sympy
 import torch
+from helpers import sizes_of
 from sympy import Sum
 from torch.nn import functional as F
 
@@ -239,6 +240,13 @@ def squared_interaction_twin():
     return cem.Energy(-Sum(score**2, a, s) / 2)
 
 
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+def rotary_twin(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
+
+
 TWINS = {
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
@@ -278,13 +286,14 @@ TWINS = {
     "subspace_compression": subspace_compression_twin(),
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
+    "rotary_interaction": rotary_twin,
 }
 
 
 def derive(energy, **options):
     """The layer at small odd sizes in float64, with every parameter drawn, and states for it."""
-    known = {"dim", *map(str, energy.dims)}
-    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes = sizes_of(energy, SIZES | {"block": SIZES["dim"] // SIZES["heads"]})
+    sizes["dim"] = SIZES["dim"]
     layer = cem.derive(energy, dtype=torch.float64, **sizes, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -10,6 +10,8 @@ from sympy import Add, Sum, exp, log, tanh
 
 import cem
 from cem import energies
+from cem.language.positions import Rope
+from cem.language.symbols import size_of
 from cem.testing import assert_close
 
 B, T, S, D = 2, 7, 9, 12
@@ -112,6 +114,14 @@ def untranslatable_gate(h, *, U, G):
     return -0.5 * (torch.cumsum(torch.sigmoid(G @ h.detach()), 0) * (U @ h).square()).sum()
 
 
+def sizes_of(energy, sizes=SIZES):
+    """The sizes to derive an energy with; an axis that is turned has the next even one."""
+    found = {str(size): sizes[str(size)] for size in energy.dims}
+    ropes = () if energy.expression is None else energy.expression.atoms(Rope)
+    turned = {str(size_of(rope.index)) for rope in ropes}
+    return {name: size + (size % 2 if name in turned else 0) for name, size in found.items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """An energy of the catalogue and the kernels that its layer should be made of."""
@@ -130,7 +140,7 @@ class Case:
     @property
     def arguments(self):
         """The sizes to derive it with."""
-        return {str(size): SIZES[str(size)] for size in self.energy.dims}
+        return sizes_of(self.energy)
 
     def derive(self, **options):
         """A float64 layer in which no parameter is zero."""
@@ -196,6 +206,7 @@ ENERGIES = [
     Case(energies.soft_capped_interaction, DENSE),
     Case(energies.subspace_compression, SDPA),
     Case(energies.sparsification, ("matmul",)),
+    Case(energies.rotary_interaction, SDPA),
     Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),

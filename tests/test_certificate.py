@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from descents import GALLERY, Trials
-from helpers import SIZES
-from helpers import looped
+from helpers import looped, sizes_of
 from sympy import Sum
 from torch import nn
 
@@ -18,8 +17,7 @@ from cem.certificate import certify
 
 
 def derive(energy, **options):
-    sizes = {str(size): SIZES[str(size)] for size in energy.dims}
-    return cem.derive(energy, **{"dtype": torch.float64, **sizes, **options})
+    return cem.derive(energy, **{"dtype": torch.float64, **sizes_of(energy), **options})
 
 
 dim = cem.dims("dim")
@@ -52,6 +50,7 @@ VERDICTS = {
     "plain_softplus": "any step size",
     "polynomial_memory_3": "any step size",
     "quadratic_well": "bounded step size",
+    "rotary_interaction": "any step size",
     "soft_capped_interaction": "measured only",
     "sparse_coding": "bounded step size",
     "sparsification": "bounded step size",

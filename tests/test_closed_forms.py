@@ -167,3 +167,22 @@ def test_the_squared_interaction_knows_its_past_by_one_matrix_a_head():
     past = torch.einsum("atr,atq->atrq", k, k).cumsum(1)
     force = torch.einsum("atrq,atq->atr", past, h @ layer.Q.mT) @ layer.Q
     torch.testing.assert_close(layer(h), h + force.sum(0), rtol=1e-12, atol=1e-12)
+
+
+def turned(z, angles):
+    """Pairs (n, n + R/2) of (..., T, R) turned by the angles (T, R/2), by matrices of two by two."""
+    cos, sin = angles.cos(), angles.sin()
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+    pairs = torch.stack(z.chunk(2, -1), -1)  # (..., T, R/2, 2)
+    return torch.cat((turn @ pairs.unsqueeze(-1)).squeeze(-1).unbind(-1), -1)
+
+
+@pytest.mark.parametrize("base", [10000.0, 50.0])
+def test_the_layer_of_rotary_positions_turns_values_and_turns_their_mean_back(base):
+    layer, h = derive(energies.rotary_interaction_by(base))
+    R = layer.Q.shape[1]
+    frequencies = base ** (-2 * torch.arange(R // 2, dtype=h.dtype) / R)
+    angles = torch.arange(len(h), dtype=h.dtype)[:, None] * frequencies
+    q, k = turned(h @ layer.Q.mT, angles), turned(h @ layer.K.mT, angles)  # (H, T, R)
+    mean = turned(causal_softmax(layer.scalars["beta"] * q @ k.mT) @ k, -angles)
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)

@@ -185,10 +185,13 @@ def test_code_is_the_program(case):
     inputs = case.inputs()
     x = inputs.get("context", inputs["h"])
     visible = torch.ones(T, x.shape[1], dtype=torch.bool).tril(x.shape[1] - T)[None, None]
+    places = torch.arange(x.shape[1], dtype=x.dtype)[None]
     known = {
         "h": inputs["h"],
         "frozen": inputs["h"],
         "x": x,
+        "position": places[:, -T:],
+        "context_position": places,
         "visible": visible,
         "causal": False,
         **dict(layer.named_parameters()),
