@@ -3,6 +3,7 @@
 if __name__ != "cem.energies":
     raise ImportError("this folder is a part of the package: type `import cem.energies`")
 
+from .alibi_interaction import alibi_interaction
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
 from .grouped_interaction import grouped_interaction
@@ -43,6 +44,7 @@ from .two_sided_gated import (
 )
 
 __all__ = [
+    "alibi_interaction",
     "collaborative_interaction",
     "dense_interaction",
     "diagonal_interaction",

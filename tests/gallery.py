@@ -100,6 +100,13 @@ i, j, a, r, b, s = (
 beta = cem.scalar("beta", default=rank**-0.5, positive=True)
 
 
+SCORE = Sum(
+    Sum(cem.parameter("Q", heads, rank, dim)[a, r, i] * h[i], i)
+    * Sum(cem.parameter("K", heads, rank, dim)[a, r, j] * x[s, j], j),
+    r,
+)
+
+
 def dense_twin():
     W = cem.parameter("W", heads, dim, dim)
     beta = cem.scalar("beta", default=dim**-0.5, positive=True)
@@ -222,6 +229,11 @@ def soft_capped_twin():
     return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
 
 
+def alibi_twin():
+    bias = cem.parameter("slope", heads)[a] * (cem.position(h) - cem.position(s))
+    return cem.Energy(-Sum(cem.logsumexp(beta * SCORE - bias, s), a) / beta)
+
+
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
     score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
@@ -287,6 +299,7 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
     "rotary_interaction": rotary_twin,
+    "alibi_interaction": alibi_twin(),
 }
 
 

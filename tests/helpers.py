@@ -207,6 +207,7 @@ ENERGIES = [
     Case(energies.subspace_compression, SDPA),
     Case(energies.sparsification, ("matmul",)),
     Case(energies.rotary_interaction, SDPA),
+    Case(energies.alibi_interaction, SDPA),
     Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),

@@ -28,6 +28,7 @@ square = cem.Energy(Sum(h[i] ** 2, i) / 2, name="square")
 # -- the gallery ----------------------------------------------------------------------------------
 
 VERDICTS = {
+    "alibi_interaction": "any step size",
     "collaborative_interaction": "any step size",
     "dense_interaction": "any step size",
     "diagonal_interaction": "any step size",

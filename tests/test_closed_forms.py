@@ -186,3 +186,19 @@ def test_the_layer_of_rotary_positions_turns_values_and_turns_their_mean_back(ba
     q, k = turned(h @ layer.Q.mT, angles), turned(h @ layer.K.mT, angles)  # (H, T, R)
     mean = turned(causal_softmax(layer.scalars["beta"] * q @ k.mT) @ k, -angles)
     torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_the_layer_of_linear_biases():
+    layer, h = derive(energies.alibi_interaction)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    t = torch.arange(len(h), dtype=h.dtype)
+    bias = layer.slope[:, None, None] * (t[:, None] - t)
+    mean = causal_softmax(layer.scalars["beta"] * q @ k.mT - bias) @ k
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_linear_biases_are_columns_of_the_keys():
+    """No tensor of all pairs of tokens is made: the program knows no position of a token that looks."""
+    code = derive(energies.alibi_interaction)[0].code
+    assert "exact_parts(context_position" in code
+    assert "attn_mask=visible, is_causal=causal" in code
