@@ -20,6 +20,7 @@ from cem.calculus.gradient import output_index
 from cem.language.evaluation import Evaluator
 from cem.language.positions import ContextPosition, Rope, TokenPosition
 from cem.language.symbols import SEQ, LogSumExp, size_of
+from cem.language.words import step
 
 TOLERANCE = 1e-12
 
@@ -45,6 +46,7 @@ class Dilogarithm(sympy.Function):
 
 
 ELEMENTARY: dict[type, Callable[[Expr], Expr]] = {
+    step: lambda z: sympy.Heaviside(z, 0),
     cem.relu: lambda z: sympy.Max(z, 0),
     cem.relu_antiderivative: lambda z: sympy.Max(z, 0) ** 2 / 2,
     cem.gelu: lambda z: z * _normal_cdf(z),
@@ -83,6 +85,8 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
                 return at[node.indices[0]]
             case Rope():
                 return turned(node, at)
+            case cem.only():
+                return Integer(0) if visit(node.args[0], at) > 0 else -sympy.oo
             case Indexed():
                 return values[str(node.base.name)][
                     tuple(int(visit(slot, at)) for slot in node.indices)

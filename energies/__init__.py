@@ -21,6 +21,10 @@ from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_so
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
 from .rotary_interaction import rotary_interaction, rotary_interaction_by
+from .sliding_window_interaction import (
+    sliding_window_interaction,
+    sliding_window_interaction_by,
+)
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
 from .sparsification import sparsification
@@ -76,6 +80,8 @@ __all__ = [
     "quadratic_well",
     "rotary_interaction",
     "rotary_interaction_by",
+    "sliding_window_interaction",
+    "sliding_window_interaction_by",
     "soft_capped_interaction",
     "sparse_coding",
     "sparsification",

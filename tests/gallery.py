@@ -234,6 +234,17 @@ def alibi_twin():
     return cem.Energy(-Sum(cem.logsumexp(beta * SCORE - bias, s), a) / beta)
 
 
+def sliding_window_twin():
+    @cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+    def sliding_window(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
+        score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+        return (
+            -torch.logsumexp(score + cem.only(position - context_position < 128), -1).sum() / beta
+        )
+
+    return sliding_window
+
+
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
     score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
@@ -299,6 +310,7 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
     "rotary_interaction": rotary_twin,
+    "sliding_window_interaction": sliding_window_twin(),
     "alibi_interaction": alibi_twin(),
 }
 

@@ -52,6 +52,7 @@ VERDICTS = {
     "polynomial_memory_3": "any step size",
     "quadratic_well": "bounded step size",
     "rotary_interaction": "any step size",
+    "sliding_window_interaction": "any step size",
     "soft_capped_interaction": "measured only",
     "sparse_coding": "bounded step size",
     "sparsification": "bounded step size",

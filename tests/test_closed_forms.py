@@ -202,3 +202,22 @@ def test_linear_biases_are_columns_of_the_keys():
     code = derive(energies.alibi_interaction)[0].code
     assert "exact_parts(context_position" in code
     assert "attn_mask=visible, is_causal=causal" in code
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 0), (2, 2), (9, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sliding_window_is_a_mask(window, sinks, causal):
+    layer, h = derive(energies.sliding_window_interaction_by(window, sinks), causal=causal)
+    plain, _ = derive(energies.interaction, causal=causal)
+    plain.load_state_dict(layer.state_dict())
+    t = torch.arange(len(h))
+    seen = (t[:, None] - t < window) | (t < sinks)
+    torch.testing.assert_close(layer(h), plain(h, visible=seen), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (4, -1)])
+def test_a_window_holds_a_token(window, sinks):
+    with pytest.raises(
+        ValueError, match=f"a window of 1 token or more .*{window} and {sinks}; type"
+    ):
+        energies.sliding_window_interaction_by(window, sinks)
