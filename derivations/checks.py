@@ -18,7 +18,7 @@ from torch import Tensor
 import cem
 from cem.calculus.gradient import output_index
 from cem.language.evaluation import Evaluator
-from cem.language.positions import ContextPosition, Rope, TokenPosition
+from cem.language.positions import ContextPosition, Lookup, Rope, TokenPosition
 from cem.language.symbols import SEQ, LogSumExp, size_of
 from cem.language.words import step
 
@@ -85,6 +85,11 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
                 return at[node.indices[0]]
             case Rope():
                 return turned(node, at)
+            case Lookup():
+                body, idx, number = node.args
+                last = size_of(idx).xreplace(sizes) - 1
+                place = min(max(sympy.floor(visit(number, at)), Integer(0)), last)
+                return visit(body, {**at, idx: place})
             case cem.only():
                 return Integer(0) if visit(node.args[0], at) > 0 else -sympy.oo
             case Indexed():

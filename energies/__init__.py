@@ -20,7 +20,9 @@ from .parallel_block import parallel_block
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
+from .relative_interaction import relative_interaction, relative_interaction_by
 from .rotary_interaction import rotary_interaction, rotary_interaction_by
+from .sink_interaction import sink_interaction
 from .sliding_window_interaction import (
     sliding_window_interaction,
     sliding_window_interaction_by,
@@ -78,8 +80,11 @@ __all__ = [
     "polynomial_memory",
     "polynomial_memory_by",
     "quadratic_well",
+    "relative_interaction",
+    "relative_interaction_by",
     "rotary_interaction",
     "rotary_interaction_by",
+    "sink_interaction",
     "sliding_window_interaction",
     "sliding_window_interaction_by",
     "soft_capped_interaction",

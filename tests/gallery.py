@@ -23,6 +23,7 @@ SIZES = {
     "per_group": 3,
     "experts": 3,
     "features": 8,
+    "buckets": 32,
 }
 
 dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
@@ -245,6 +246,18 @@ def sliding_window_twin():
     return sliding_window
 
 
+def sink_twin():
+    b, L = cem.parameter("b", heads)[a], cem.logsumexp(beta * SCORE, s)
+    return cem.Energy(-Sum(b + cem.softplus(L - b), a) / beta)
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", bias="heads buckets")
+def relative_twin(h, x, *, Q, K, bias, position, context_position, beta=rank**-0.5):
+    score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    score = score + cem.lookup(bias, cem.t5_bucket(position - context_position))
+    return -torch.logsumexp(score, -1).sum() / beta
+
+
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
     score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
@@ -310,6 +323,8 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
     "rotary_interaction": rotary_twin,
+    "sink_interaction": sink_twin(),
+    "relative_interaction": relative_twin,
     "sliding_window_interaction": sliding_window_twin(),
     "alibi_interaction": alibi_twin(),
 }

@@ -3,6 +3,8 @@
 Legend: T tokens, D dim, H heads, R rank.
 """
 
+import math
+
 import pytest
 import torch
 from gallery import GALLERY, derive
@@ -221,3 +223,53 @@ def test_a_window_holds_a_token(window, sinks):
         ValueError, match=f"a window of 1 token or more .*{window} and {sinks}; type"
     ):
         energies.sliding_window_interaction_by(window, sinks)
+
+
+def test_the_layer_of_a_sink_is_that_of_a_token_with_nothing_in_it():
+    """One more column of scores, and a value of zero."""
+    layer, h = derive(energies.sink_interaction)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    scores = layer.scalars["beta"] * q @ k.mT
+    past = torch.ones_like(scores, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~past, -torch.inf)
+    sink = layer.b[:, None, None].expand(-1, len(h), 1)
+    mean = torch.cat((sink, scores), -1).softmax(-1)[..., 1:] @ k
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+    energy = -torch.cat((sink, scores), -1).logsumexp(-1).sum(0) / layer.scalars["beta"]
+    torch.testing.assert_close(layer.energy(h), energy, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_sink_it_is_the_interaction_energy():
+    layer, h = derive(energies.sink_interaction)
+    torch.nn.init.constant_(layer.b, -1e3)
+    plain, _ = derive(energies.interaction)
+    plain.load_state_dict({"Q": layer.Q, "K": layer.K})
+    torch.testing.assert_close(layer(h), plain(h), rtol=1e-12, atol=1e-12)
+
+
+def t5_decoder_bucket(distance, buckets=32, furthest=128):
+    """The bucket of one distance, after the code of the paper (mesh_tensorflow, bidirectional=False)."""
+    distance, near = max(distance, 0), buckets // 2
+    if distance < near:
+        return distance
+    share = math.log(distance / near) / math.log(furthest / near)
+    return min(near + int(share * (buckets - near)), buckets - 1)
+
+
+@pytest.mark.parametrize(("count", "furthest"), [(32, 128), (8, 20)])
+def test_the_layer_of_a_bias_by_distance(count, furthest):
+    """Beyond the furthest distance too, and for tokens ahead."""
+    energy = energies.relative_interaction_by(count, furthest)
+    sizes = {"dim": 12, "heads": 2, "rank": 5, "buckets": count}
+    layer = cem.derive(energy, causal=False, dtype=torch.float64, **sizes)
+    h = torch.randn(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([0, 1, 2, 7, 15, 16, 40, 127, 300])
+    bucket = [
+        [t5_decoder_bucket(t - s, count, furthest) for s in places.tolist()]
+        for t in places.tolist()
+    ]
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    scores = layer.scalars["beta"] * q @ k.mT + layer.bias[:, torch.tensor(bucket)]
+    expected = h + (scores.softmax(-1) @ k @ layer.Q).sum(0)
+    found = layer(h, positions=places)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -37,6 +37,7 @@ CONCRETE = {
     "per_group": 2,
     "experts": 2,
     "features": 2,
+    "buckets": 32,
 }
 THEOREMS = ("certificate",)
 

@@ -56,6 +56,8 @@ CONCAVE = {
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
     "rotary_interaction",
+    "sink_interaction",
+    "relative_interaction",
     "sliding_window_interaction",
     "alibi_interaction",
     "gated_relu",
