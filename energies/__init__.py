@@ -5,6 +5,7 @@ if __name__ != "cem.energies":
 
 from .alibi_interaction import alibi_interaction
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
+from .energy_transformer import energy_transformer
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
 from .grouped_interaction import grouped_interaction
 from .interaction import interaction
@@ -56,6 +57,7 @@ __all__ = [
     "diagonal_interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
+    "energy_transformer",
     "gated",
     "gated_by",
     "gated_gelu",

@@ -258,6 +258,15 @@ def relative_twin(h, x, *, Q, K, bias, position, context_position, beta=rank**-0
     return -torch.logsumexp(score, -1).sum() / beta
 
 
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", xi="hidden dim")
+def energy_transformer_twin(h, x, *, Q, K, xi, position, context_position, beta=rank**-0.5):
+    score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    ahead = position - context_position
+    others = cem.only((ahead > 0) + (ahead < 0))
+    attention = -torch.logsumexp(score + others, -1).sum() / beta
+    return attention - 0.5 * torch.relu(xi @ h).square().sum()
+
+
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
     score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
@@ -323,6 +332,7 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "squared_interaction": squared_interaction_twin(),
     "rotary_interaction": rotary_twin,
+    "energy_transformer": energy_transformer_twin,
     "sink_interaction": sink_twin(),
     "relative_interaction": relative_twin,
     "sliding_window_interaction": sliding_window_twin(),

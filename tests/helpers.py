@@ -214,6 +214,7 @@ ENERGIES = [
     Case(energies.sliding_window_interaction_by(2, sinks=1), SDPA),
     Case(energies.sink_interaction, ("einsum", *SDPA)),
     Case(energies.relative_interaction, SDPA),
+    Case(energies.energy_transformer, SDPA),
     Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),

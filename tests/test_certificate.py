@@ -34,6 +34,7 @@ VERDICTS = {
     "diagonal_interaction": "any step size",
     "diagonal_plus_low_rank": "any step size",
     "diagonal_plus_low_rank_full": "any step size",
+    "energy_transformer": "any step size",
     "gated_gelu": "bounded step size",
     "gated_relu": "any step size",
     "gated_sigmoid": "any step size",

@@ -56,6 +56,7 @@ CONCAVE = {
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
     "rotary_interaction",
+    "energy_transformer",
     "sink_interaction",
     "relative_interaction",
     "sliding_window_interaction",

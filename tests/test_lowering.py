@@ -119,7 +119,7 @@ def test_a_layer_that_is_not_causal_sees_the_future(case):
     inputs["context"].requires_grad_()
     first = layer(**inputs)[:, 0]
     (jacobian,) = torch.autograd.grad(first.square().sum(), inputs["context"])
-    assert (jacobian.abs().amax(-1) > 0).all()
+    assert (jacobian[:, 1:].abs().amax(-1) > 0).all()
 
 
 @every
