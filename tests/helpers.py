@@ -6,7 +6,7 @@ Legend: B batch, T tokens, S context tokens, D dim. Sizes differ, so that a tran
 from dataclasses import dataclass
 
 import torch
-from sympy import Add, Sum, exp, log, tanh
+from sympy import Add, Ne, Sum, exp, log, sqrt, tanh
 
 import cem
 from cem import energies
@@ -26,6 +26,7 @@ SIZES = {
     "experts": 4,
     "features": 8,
     "buckets": 32,
+    "far": 4,
     "wide": 8,
     "low": 3,
     "other": 4,
@@ -79,6 +80,51 @@ quadratic = cem.Energy(Sum(w[i] * h[i] ** 2, i) / 2 + Sum(h[i], i) ** 4 / 9, nam
 level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i), name="level")
 linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
 spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
+
+t, t_s = cem.position(h), cem.position(s)
+groups, per_group, far = cem.dims("groups per_group far")
+g, o, n = groups.index("g"), per_group.index("o"), far.index("n")
+Qg, Kg = cem.parameter("Q", groups, per_group, rank, dim), cem.parameter("K", groups, rank, dim)
+sharpness = beta * exp(cem.parameter("log_beta", groups, per_group)[g, o])
+
+
+def rotated(query, key, **options):
+    """The score of a query and a key that are turned by their positions."""
+    return Sum(cem.rope(query, r, h, **options) * cem.rope(key, r, s, **options), r)
+
+
+def unit(vector):
+    return vector / sqrt(Sum(vector**2, r))
+
+
+grouped = rotated(Sum(Qg[g, o, r, i] * h[i], i), Sum(Kg[g, r, j] * x[s, j], j))
+window = cem.only((t - t_s < 3) | (t_s < 1))
+rope_grouped_window = cem.Energy(
+    -Sum(cem.logsumexp(sharpness * grouped + window, s) / sharpness, g, o),
+    name="rope_grouped_window",
+)
+rope_partial = cem.Energy(
+    lse(rotated(dot(Q, a, r), key(K, a, r), fraction=2 / 3, pairing="interleaved", base=50)),
+    name="rope_partial",
+)
+rope_normalised = cem.Energy(
+    lse(rotated(unit(dot(Q, a, r)), unit(key(K, a, r)))), name="rope_normalised"
+)
+rope_frequencies = cem.Energy(
+    lse(rotated(dot(Q, a, r), key(K, a, r), frequencies=(1.0, 0.3))), name="rope_frequencies"
+)
+slope, near = cem.parameter("slope", heads), cem.parameter("near", heads, far)
+alibi_lookup = cem.Energy(
+    -Sum(
+        cem.logsumexp(beta * SCORE - slope[a] * (t - t_s) + cem.lookup(near[a, n], n, t - t_s), s),
+        a,
+    )
+    / beta,
+    name="alibi_lookup",
+)
+self_excluded = cem.Energy(
+    -Sum(cem.logsumexp(beta * SCORE + cem.only(Ne(t, t_s)), s), a) / beta, name="self_excluded"
+)
 
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
@@ -225,6 +271,12 @@ ENERGIES = [
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),
     Case(soft_capped, DENSE),
+    Case(rope_grouped_window, SDPA),
+    Case(rope_partial, SDPA),
+    Case(rope_normalised, (*DENSE, "sdpa")),
+    Case(rope_frequencies, SDPA),
+    Case(alibi_lookup, SDPA),
+    Case(self_excluded, SDPA),
     Case(mean, ("einsum", "matmul")),
     Case(squared, ("einsum", "matmul")),
     Case(quadratic, ()),
