@@ -25,6 +25,8 @@ PAGES = (
     "mixture_of_experts",
     "ista",
     "recursion",
+    "rotary_attention",
+    "energy_transformer",
 )
 CONCRETE = {
     "dim": 3,
@@ -135,6 +137,12 @@ def test_page_runs_by_its_dotted_name():
             "recursion",
             {"Q": (3, 5, 13), "K": (3, 5, 13), "U": (7, 13), "G": (7, 13)},
             {"matmul", "sdpa"},
+        ),
+        ("rotary_attention", {"Q": (3, 6, 13), "K": (3, 6, 13)}, {"matmul", "sdpa"}),
+        (
+            "energy_transformer",
+            {"Q": (3, 5, 13), "K": (3, 5, 13), "xi": (17, 13)},
+            {"matmul", "sdpa", "transposed_sdpa"},
         ),
     ],
 )
