@@ -4,6 +4,7 @@ from ._version import __version__
 from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
+from .language.entmax import entmax_conjugate
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
 from .language.words import (
@@ -53,6 +54,7 @@ __all__ = [
     "derive",
     "dims",
     "energy",
+    "entmax_conjugate",
     "floor",
     "frozen",
     "gelu",

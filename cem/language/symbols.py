@@ -253,26 +253,37 @@ class Reduction(Expr):
     is_real = True
 
 
-class LogSumExp(Reduction):
-    """log sum_s exp(body); 0 over an empty visible set, so that an unseen context contributes nothing."""
-
-    def _latex(self, printer) -> str:
-        body, idx = map(printer.doprint, self.args)
-        return rf"\log \sum_{{{idx}}} e^{{{body}}}"
+class SmoothMaximum(Reduction):
+    """A convex function of the body, whose slopes are ``weights``; 0 over an empty visible set."""
 
     @property
     def free_symbols(self):
         return self.body.free_symbols - {self.index}
 
     def _eval_derivative(self, symbol):
-        weights = Softmax(self.body, self.index)
-        return Sum(weights * self.body.diff(symbol), self.index)
+        return Sum(self.weights * self.body.diff(symbol), self.index)
 
 
-class Softmax(Reduction):
-    """exp(body) / sum_s exp(body): the weight of the index, which stays free."""
+class Weights(Reduction):
+    """Numbers of the index, which stays free: not negative, and they sum to one."""
 
     is_nonnegative = True
+
+
+class LogSumExp(SmoothMaximum):
+    """log sum_s exp(body)."""
+
+    @property
+    def weights(self) -> Expr:
+        return Softmax(*self.args)
+
+    def _latex(self, printer) -> str:
+        body, idx = map(printer.doprint, self.args)
+        return rf"\log \sum_{{{idx}}} e^{{{body}}}"
+
+
+class Softmax(Weights):
+    """exp(body) / sum_s exp(body)."""
 
     def _latex(self, printer) -> str:
         body, idx = map(printer.doprint, self.args)

@@ -13,10 +13,10 @@ from ..language.symbols import (
     Context,
     Dim,
     Frozen,
-    LogSumExp,
     NamedArray,
-    Softmax,
+    SmoothMaximum,
     State,
+    Weights,
     index,
     size_of,
 )
@@ -78,7 +78,7 @@ def _reduced(node: Expr) -> frozenset[Idx]:
     match node:
         case Sum():
             return frozenset(limit[0] for limit in node.limits)
-        case LogSumExp() | Softmax():
+        case SmoothMaximum() | Weights():
             return frozenset((node.index,))
     return frozenset()
 
@@ -92,7 +92,7 @@ def is_placed(expression: Expr) -> bool:
     """Whether positions are computed with outside rotations, in float32 at least."""
     if isinstance(expression, Rope):
         return is_placed(expression.body)
-    if isinstance(expression, Softmax | LogSumExp) and is_seq(expression.index):
+    if isinstance(expression, SmoothMaximum | Weights) and is_seq(expression.index):
         return False
     if isinstance(expression, Indexed):
         return isinstance(expression.base, ContextPosition)

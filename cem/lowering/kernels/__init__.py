@@ -7,6 +7,7 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 
 from .attention import attention_with_logsumexp, transposed_attention
 from .banded import banded_attention
+from .entmax import entmax, entmax_conjugate, masked_entmax, masked_entmax_conjugate
 from .grouped import decode_attention, grouped_attention
 from .linear import linear_attention, linear_memory, linear_recall
 from .masked import bias, masked_logsumexp, masked_softmax, one_unseen, seen, zero_unseen
@@ -17,12 +18,16 @@ __all__ = [
     "banded_attention",
     "bias",
     "decode_attention",
+    "entmax",
+    "entmax_conjugate",
     "exact_parts",
     "grouped_attention",
     "linear_attention",
     "linear_memory",
     "linear_recall",
     "lookup",
+    "masked_entmax",
+    "masked_entmax_conjugate",
     "masked_logsumexp",
     "masked_softmax",
     "one_unseen",
