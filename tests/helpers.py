@@ -126,6 +126,14 @@ self_excluded = cem.Energy(
     -Sum(cem.logsumexp(beta * SCORE + cem.only(Ne(t, t_s)), s), a) / beta, name="self_excluded"
 )
 
+sparse_attention = cem.Energy(
+    -Sum(cem.entmax_conjugate(beta * SCORE, s, 1.5), a) / beta, name="sparse_attention"
+)
+sparse_window = cem.Energy(
+    -Sum(cem.entmax_conjugate(beta * SCORE + cem.only(t - t_s < 3), s), a) / beta,
+    name="sparse_window",
+)
+
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
 e = other.index("e")
@@ -261,6 +269,8 @@ ENERGIES = [
     Case(energies.sink_interaction, ("einsum", *SDPA)),
     Case(energies.relative_interaction, SDPA),
     Case(energies.energy_transformer, SDPA),
+    Case(energies.sparse_memory, ("matmul",)),
+    Case(energies.sparse_memory_by(1.5), ("matmul",)),
     Case(energies.squared_interaction, ("einsum", "matmul")),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
@@ -277,6 +287,8 @@ ENERGIES = [
     Case(rope_frequencies, SDPA),
     Case(alibi_lookup, SDPA),
     Case(self_excluded, SDPA),
+    Case(sparse_attention, ("dense_entmax", "einsum", "matmul")),
+    Case(sparse_window, ("dense_entmax", "einsum", "matmul")),
     Case(mean, ("einsum", "matmul")),
     Case(squared, ("einsum", "matmul")),
     Case(quadratic, ()),
