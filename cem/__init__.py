@@ -6,8 +6,10 @@ from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
 from .fixed_point import FixedPoint
+from .language.entmax import entmax_conjugate
+from .language.logsumexp import logsumexp
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
-from .language.symbols import Dim, context, dims, frozen, index, logsumexp, parameter, scalar, state
+from .language.symbols import Dim, context, dims, frozen, index, parameter, scalar, state
 from .language.tokens import decay
 from .language.words import (
     antiderivative,
@@ -75,6 +77,7 @@ __all__ = [
     "derive",
     "dims",
     "energy",
+    "entmax_conjugate",
     "floor",
     "frozen",
     "gelu",

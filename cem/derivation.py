@@ -29,6 +29,7 @@ from .language.document import (
     as_text,
     paragraph,
 )
+from .language.entmax import Entmax
 from .language.notation import latex
 from .language.order import terms
 from .language.symbols import Frozen, NamedArray, Scalar
@@ -184,6 +185,8 @@ class Derivation:
         blocks: list[Block] = []
         if weights:
             told = "The derivative of a log-sum-exp is the softmax of its scores:"
+            if any(isinstance(d.expression, Entmax) for d in weights):
+                told = "The derivative of a smooth maximum is the weights of its scores:"
             blocks.append(paragraph(told))
             blocks.append(Formulas(tuple(map(_definition, weights))))
         if self.adjoints:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import cem
 from cem.calculus.gradient import output_index
+from cem.language.entmax import EntmaxConjugate
 from cem.language.evaluation import Evaluator
 from cem.language.positions import ContextPosition, Lookup, Rope, TokenPosition
 from cem.language.symbols import SEQ, LogSumExp, size_of
@@ -44,6 +45,31 @@ class Dilogarithm(sympy.Function):
     def _eval_evalf(self, prec: int) -> Expr:
         with mpmath.workprec(prec):
             return Expr._from_mpmath(mpmath.polylog(2, self.args[0]._to_mpmath(prec)).real, prec)
+
+
+class SparseMaximum(sympy.Function):
+    """max_p p.z + (1 - sum p^alpha) / (alpha (alpha - 1)), called with alpha and the numbers z."""
+
+    def fdiff(self, argindex: int = 1) -> Expr:
+        """The p of the maximum, by Danskin's theorem."""
+        return SparseWeight(Integer(argindex - 2), *self.args)
+
+
+class SparseWeight(sympy.Function):
+    """One weight of that maximum, called with its place, alpha and the numbers z."""
+
+    def _eval_evalf(self, prec: int) -> Expr:
+        place, alpha, *z = self.args
+        with mpmath.workprec(2 * prec):
+            slope = mpmath.mpf(alpha.p) / alpha.q - 1
+            z = [slope * entry._to_mpmath(2 * prec) for entry in z]
+            power, high = 1 / slope, max(z)
+            low = high - 1
+            for _ in range(2 * prec):
+                middle = (low + high) / 2
+                above = sum(max(entry - middle, 0) ** power for entry in z) >= 1
+                low, high = (middle, high) if above else (low, middle)
+            return Expr._from_mpmath(max(z[int(place)] - low, 0) ** power, prec)
 
 
 ELEMENTARY: dict[type, Callable[[Expr], Expr]] = {
@@ -80,6 +106,9 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
         match node:
             case Idx():
                 return at[node]
+            case EntmaxConjugate():
+                entries = (visit(node.body, here) for here in places([node.index], at))
+                return SparseMaximum(node.args[2], *entries)
             case TokenPosition():
                 return Integer(sizes[SEQ] - 1)
             case Indexed() if isinstance(node.base, ContextPosition):

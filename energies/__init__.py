@@ -31,6 +31,7 @@ from .sliding_window_interaction import (
 )
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
+from .sparse_memory import sparse_memory, sparse_memory_by
 from .sparsification import sparsification
 from .squared_interaction import squared_interaction
 from .structured_interaction import (
@@ -93,6 +94,8 @@ __all__ = [
     "sliding_window_interaction_by",
     "soft_capped_interaction",
     "sparse_coding",
+    "sparse_memory",
+    "sparse_memory_by",
     "sparsification",
     "squared_interaction",
     "subspace_compression",

@@ -172,6 +172,11 @@ def memory_twin():
     return cem.Energy(Sum(h[i] ** 2, i) / 2 - sympy.log(partition) / beta)
 
 
+@cem.energy(h="dim", U="hidden dim")
+def sparse_memory_twin(h, *, U, beta=dim**-0.5):
+    return 0.5 * (h * h).sum() - cem.entmax_conjugate(beta * U @ h, -1) / beta
+
+
 def mixture_of_experts_twin(activation):
     @cem.energy(h="dim", U="experts hidden dim", G="experts hidden dim")
     def mixture_of_experts(h, *, U, G, beta=hidden**-0.5):
@@ -344,6 +349,7 @@ TWINS = {
     "gated_linear_attention": gated_linear_attention_twin(),
     "squared_interaction": squared_interaction_twin(),
     "rotary_interaction": rotary_twin,
+    "sparse_memory": sparse_memory_twin,
     "energy_transformer": energy_transformer_twin,
     "sink_interaction": sink_twin(),
     "relative_interaction": relative_twin,

@@ -130,6 +130,14 @@ self_excluded = cem.Energy(
     -Sum(cem.logsumexp(beta * SCORE + cem.only(Ne(t, t_s)), s), a) / beta, name="self_excluded"
 )
 
+sparse_attention = cem.Energy(
+    -Sum(cem.entmax_conjugate(beta * SCORE, s, 1.5), a) / beta, name="sparse_attention"
+)
+sparse_window = cem.Energy(
+    -Sum(cem.entmax_conjugate(beta * SCORE + cem.only(t - t_s < 3), s), a) / beta,
+    name="sparse_window",
+)
+
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
 e = other.index("e")
@@ -267,6 +275,8 @@ ENERGIES = [
     Case(energies.energy_transformer, SDPA),
     Case(energies.gated_linear_attention, ("linear_attention", "matmul")),
     Case(energies.squared_interaction, ("linear_attention", "matmul")),
+    Case(energies.sparse_memory, ("matmul",)),
+    Case(energies.sparse_memory_by(1.5), ("matmul",)),
     Case(biased, SDPA),
     Case(gaussian, SDPA),
     Case(two_terms, SDPA),
@@ -285,6 +295,8 @@ ENERGIES = [
     Case(mean, ("linear_attention", "matmul")),
     Case(forgetting, ("linear_attention", "matmul")),
     Case(squared, ("linear_attention", "matmul")),
+    Case(sparse_attention, ("dense_entmax", "einsum", "matmul")),
+    Case(sparse_window, ("dense_entmax", "einsum", "matmul")),
     Case(quadratic, ()),
     Case(linear, ()),
     Case(level, ()),

@@ -59,6 +59,7 @@ VERDICTS = {
     "sink_interaction": "any step size",
     "soft_capped_interaction": "measured only",
     "sparse_coding": "bounded step size",
+    "sparse_memory": "bounded step size",
     "sparsification": "bounded step size",
     "squared_interaction": "any step size",
     "subspace_compression": "any step size",

@@ -15,6 +15,7 @@ from cem.calculus.gradient import depends_on_state
 from cem.language import words
 from cem.language.canonical import canonical, free_indices
 from cem.language.evaluation import Evaluator
+from cem.language.logsumexp import logsumexp
 from cem.language.symbols import (
     SEQ,
     LogSumExp,
@@ -25,7 +26,6 @@ from cem.language.symbols import (
     dims,
     frozen,
     index,
-    logsumexp,
     parameter,
     scalar,
     state,

@@ -70,7 +70,7 @@ CONCAVE = {
 }
 CONVEX = {"quadratic_well", "sparse_coding", "sparsification"}
 # A concave energy and a parabola of curvature 1: no rule says what it is, yet steps up to 2 descend.
-UNDER_A_PARABOLA = {"memory"}
+UNDER_A_PARABOLA = {"memory", "sparse_memory"}
 
 
 @pytest.mark.parametrize("name", GALLERY)

@@ -119,7 +119,8 @@ def test_a_layer_that_is_not_causal_sees_the_future(case):
     inputs["context"].requires_grad_()
     first = layer(**inputs)[:, 0]
     (jacobian,) = torch.autograd.grad(first.square().sum(), inputs["context"])
-    assert (jacobian[:, 1:].abs().amax(-1) > 0).all()
+    seen = jacobian[:, 1:].abs().amax(-1) > 0
+    assert seen.all() or ("dense_entmax" in case.kernels and seen.any(-1).all())
 
 
 @every

@@ -7,6 +7,7 @@ from sympy import Float, Rational, Sum, exp, log, pi, sqrt, tanh
 
 from cem.calculus.gradient import gradient
 from cem.language.canonical import canonical
+from cem.language.logsumexp import logsumexp
 from cem.language.notation import latex, text
 from cem.language.symbols import (
     SEQ,
@@ -14,7 +15,6 @@ from cem.language.symbols import (
     dims,
     frozen,
     index,
-    logsumexp,
     parameter,
     scalar,
     state,

@@ -9,8 +9,9 @@ from sympy import Float, Integer, Rational, Sum, Symbol, exp, log, pi, sqrt
 
 from cem.calculus.gradient import gradient
 from cem.language.canonical import canonical
+from cem.language.logsumexp import logsumexp
 from cem.language.serial import MAX_DEPTH, from_json, to_json
-from cem.language.symbols import context, dims, frozen, index, logsumexp, parameter, scalar, state
+from cem.language.symbols import context, dims, frozen, index, parameter, scalar, state
 from cem.language.words import WORDS, silu, silu_antiderivative
 
 dim, heads, rank, hidden, block = dims("dim heads rank hidden block")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cem.language import words
 from cem.language.canonical import canonical
+from cem.language.logsumexp import logsumexp
 from cem.language.symbols import (
     SEQ,
     Dim,
@@ -23,7 +24,6 @@ from cem.language.symbols import (
     dims,
     frozen,
     index,
-    logsumexp,
     parameter,
     scalar,
     size_of,

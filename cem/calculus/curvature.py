@@ -20,7 +20,7 @@ from sympy import Add, Expr, Indexed, Mul, Number, NumberSymbol, Pow, Rational, 
 
 from ..language import words
 from ..language.positions import Rope
-from ..language.symbols import LogSumExp, Ravel, Softmax, is_word
+from ..language.symbols import LogSumExp, Ravel, SmoothMaximum, Weights, is_word
 from ..language.tokens import Decay
 from ..language.words import word_of
 from .gradient import depends_on_state
@@ -168,15 +168,16 @@ class _Proof:
             case Rope():
                 body = self.facts(node.body)
                 return _Facts(body.affine, body.affine), f"rotation of {body.result}"
-            case LogSumExp():
+            case SmoothMaximum():
                 # At least max(body), and 0 over an empty visible set: a sign of +1 is kept.
                 body = self.facts(node.body)
-                return _Facts(body.convex, sign=max(body.sign, 0)), f"log-sum-exp of {body.result}"
+                what = "log-sum-exp" if isinstance(node, LogSumExp) else "sparse maximum"
+                return _Facts(body.convex, sign=max(body.sign, 0)), f"{what} of {body.result}"
             case Decay():
                 return _Facts(sign=1), "decay"
-            case Softmax():
+            case Weights():
                 self.facts(node.body)
-                return _Facts(sign=1), "softmax over a score that moves"
+                return _Facts(sign=1), "weights by a score that moves"
             case Mul():
                 return self.product(node)
             case Pow():

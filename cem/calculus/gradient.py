@@ -15,9 +15,9 @@ from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, S, Sum, log
 from ..language.canonical import LETTERS, canonical, free_indices, rename
 from ..language.positions import Rope
 from ..language.symbols import (
-    LogSumExp,
     NamedArray,
     Ravel,
+    SmoothMaximum,
     Softmax,
     State,
     direction,
@@ -154,8 +154,8 @@ def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozense
                 yield exponent, adjoint * node * log(base), scope
         case Sum():
             yield node.function, adjoint, scope.union(limit[0] for limit in node.limits)
-        case LogSumExp():
-            yield node.body, adjoint * Softmax(node.body, node.index), scope | {node.index}
+        case SmoothMaximum():
+            yield node.body, adjoint * node.weights, scope | {node.index}
         case Softmax():
             mean = total(node * adjoint, (node.index,))
             yield node.body, node * (adjoint - mean), scope

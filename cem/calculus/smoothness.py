@@ -36,8 +36,8 @@ from ..language.symbols import (
     LogSumExp,
     Parameter,
     Ravel,
-    Softmax,
     State,
+    Weights,
     index,
     size_of,
     spelling,
@@ -337,7 +337,7 @@ def _linear(node: Expr) -> Expr | None:
 def _bounds(factor: Expr) -> tuple[float, float]:
     """The extremes of a factor of the context or of frozen values."""
     word = _WORDS.get(factor.func)
-    if isinstance(factor, Softmax):
+    if isinstance(factor, Weights):
         return 0.0, 1.0
     if word and word.bounds:
         return word.bounds

@@ -1,8 +1,7 @@
 """One form for every way of writing an expression.
 
 Two expressions that differ in the names of their bound indices, in where constant factors stand, or in how
-log-sum-exp is spelled become equal. Sub-expressions with the same free indices become equal objects, so that
-the calculus and the lowering can share them.
+log-sum-exp is spelled become equal, and equal sub-expressions can be shared by calculus and lowering.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from .symbols import (
     LogSumExp,
     NamedArray,
     Ravel,
-    Softmax,
+    Reduction,
+    SmoothMaximum,
     State,
+    Weights,
     size_of,
     split,
     total,
@@ -58,9 +59,9 @@ def free_indices(expression: Expr) -> Indices:
             return frozenset((expression,))
         case Sum():
             return free_indices(expression.function) - {limit[0] for limit in expression.limits}
-        case LogSumExp() | TokenSum():
+        case SmoothMaximum() | TokenSum():
             return free_indices(expression.body) - {expression.index}
-        case Softmax() | Decay():
+        case Weights() | Decay():
             return free_indices(expression.body) | {expression.index}
         case Ravel():
             body, slot, idx = expression.args
@@ -123,14 +124,16 @@ class _Renamer:
                     idx, names = self.bind(limit[0], names)
                     fresh.append(idx)
                 return self.sum(self.visit(expression.function, names), tuple(reversed(fresh)))
-            case LogSumExp() | TokenSum():
+            case SmoothMaximum() | TokenSum():
                 idx, inner = self.bind(expression.index, names)
-                return expression.func(self.visit(expression.body, inner), idx)
-            case Softmax() | Decay():
-                # The index stays free; it is renamed with its body.
                 return expression.func(
-                    self.visit(expression.body, names),
-                    names.get(expression.index, expression.index),
+                    self.visit(expression.body, inner), idx, *expression.args[2:]
+                )
+            case Weights() | Decay():
+                # The index stays free; it is renamed with its body.
+                idx = names.get(expression.index, expression.index)
+                return expression.func(
+                    self.visit(expression.body, names), idx, *expression.args[2:]
                 )
             case Ravel():
                 body, slot, idx = expression.args
@@ -175,7 +178,7 @@ def has_parts(expression: Basic) -> bool:
     if (
         isinstance(
             expression,
-            Idx | Sum | LogSumExp | TokenSum | Decay | Softmax | Ravel | Rope | Lookup | Activation,
+            Idx | Sum | Reduction | Ravel | Rope | Lookup | Activation,
         )
         or expression.is_Float
     ):
@@ -316,7 +319,7 @@ def _weighs(factor: Expr, idx: Idx) -> bool:
     """Whether a factor is a softmax over the index, or a sum of products with one."""
     if isinstance(factor, Sum):
         return any(_weighs(part, idx) for part in Mul.make_args(factor.function))
-    return isinstance(factor, Softmax) and factor.index == idx
+    return isinstance(factor, Weights) and factor.index == idx
 
 
 def canonical(expression: Expr) -> Expr:
@@ -357,7 +360,7 @@ def bound_indices(node: Basic) -> tuple[Idx, ...]:
     match node:
         case Sum():
             return tuple(limit[0] for limit in node.limits)
-        case LogSumExp() | TokenSum():
+        case SmoothMaximum() | TokenSum():
             return (node.index,)
         case Ravel():
             return split(node.args[1])

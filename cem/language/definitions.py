@@ -17,12 +17,12 @@ from .symbols import (
     SEQ,
     Context,
     Frozen,
-    LogSumExp,
     NamedArray,
     Parameter,
     Ravel,
-    Softmax,
+    SmoothMaximum,
     State,
+    Weights,
     size_of,
 )
 
@@ -59,7 +59,7 @@ class Definition:
     @property
     def is_weights(self) -> bool:
         """Whether these are the weights of a softmax."""
-        return isinstance(self.expression, Softmax)
+        return isinstance(self.expression, Weights)
 
     @property
     def symbol_latex(self) -> str:
@@ -134,10 +134,10 @@ class Naming:
                 if stage and free_indices(found) and not free_indices(found) & outer:
                     return self._name(found, stage, _letter_of(found))
                 return found
-            case Softmax():
-                found = Softmax(self._visit(node.body, outer, memo), node.index)
+            case Weights():
+                found = node.func(self._visit(node.body, outer, memo), *node.args[1:])
                 return self._name(found, _stage(found), "p")
-            case LogSumExp() | Ravel():
+            case SmoothMaximum() | Ravel():
                 return node.func(self._visit(node.args[0], outer, memo), *node.args[1:])
         return node.func(*(self._visit(arg, outer, memo) for arg in node.args))
 
@@ -197,7 +197,7 @@ def _feature(node: Sum) -> str | None:
     if any(size_of(limit[0]) == SEQ for limit in node.limits):
         return None
     kinds = {type(entry.base) for entry in node.atoms(Indexed)} - {Parameter}
-    if len(kinds) > 1 or node.atoms(LogSumExp) or any(isinstance(f, Pow) for f in others):
+    if len(kinds) > 1 or node.atoms(SmoothMaximum) or any(isinstance(f, Pow) for f in others):
         return None
     return _stage(node)
 
@@ -229,7 +229,7 @@ def _axes(node: Expr) -> tuple[Idx, ...]:
         )
     )
     order += sorted(free - set(order), key=str)
-    last = node.index if isinstance(node, Softmax) else None
+    last = node.index if isinstance(node, Weights) else None
     tokens = [idx for idx in order if size_of(idx) == SEQ and idx != last]
     axes = [idx for idx in order if idx not in tokens and idx != last]
     place = max(len(axes) - 1, 0) if last is None else len(axes)

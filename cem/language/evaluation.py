@@ -6,11 +6,13 @@ Slow and plain on purpose. It shares nothing with the lowering, which is tested 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import Tensor
 
+from .entmax import Entmax, EntmaxConjugate, sparse_maximum, sparse_weights
 from .positions import Lookup, Rope, turned
 from .symbols import SEQ, LogSumExp, Ravel, Softmax, is_word, size_of, split
 from .tokens import Decay, later
@@ -102,6 +104,16 @@ class Evaluator:
                 tensor, axes = self._with(self.value(expression.body), expression.index)
                 target = _seen_softmax if expression.body.has(only) else torch.softmax
                 return target(tensor, axes.index(expression.index)), axes
+            case EntmaxConjugate():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                if self.size(expression.index) == 0:
+                    return self._reduce(torch.sum, (tensor, axes), expression.index)
+                target = partial(sparse_maximum, alpha=float(expression.args[2]))
+                return self._reduce(target, (tensor, axes), expression.index)
+            case Entmax():
+                tensor, axes = self._with(self.value(expression.body), expression.index)
+                where, alpha = axes.index(expression.index), float(expression.args[2])
+                return sparse_weights(tensor, where, alpha), axes
             case Ravel():
                 body, slot, idx = expression.args
                 tensor, axes = self.value(body)

@@ -10,6 +10,7 @@ from sympy import Add, Mul, Pow, pi
 from sympy import E as euler
 
 from . import symbols
+from .entmax import EntmaxConjugate
 from .positions import Lookup, Rope
 from .symbols import LogSumExp, NamedArray, Ravel, Softmax
 from .tokens import Decay
@@ -30,6 +31,7 @@ FUNCTIONS = {row.name: row.function for row in WORDS}
 ARITHMETIC = {"Add": Add, "Mul": Mul, "Pow": Pow}
 REDUCTIONS = {
     "LogSumExp": LogSumExp,
+    "EntmaxConjugate": EntmaxConjugate,
     "Softmax": Softmax,
     "Ravel": Ravel,
     "Rope": Rope,

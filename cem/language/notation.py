@@ -13,9 +13,10 @@ import sympy
 from sympy import Add, Expr, Float, Idx, Indexed, Integer, Mul, Pow, Rational, Sum, Symbol
 
 from . import symbols
+from .entmax import Entmax, EntmaxConjugate
 from .order import is_negative, negated, parts, place, terms
 from .positions import ContextPosition, Lookup, Rope, TokenPosition
-from .symbols import SEQ, LogSumExp, Ravel, Softmax, size_of, split
+from .symbols import SEQ, LogSumExp, Ravel, SmoothMaximum, Softmax, size_of, split
 from .tokens import Decay, TokenSum
 from .words import log_cosh, word_of
 
@@ -132,7 +133,7 @@ class _Notation:
             loose = (
                 isinstance(factor, Add)
                 or (isinstance(factor, Sum) and sums > 1)
-                or (isinstance(factor, LogSumExp) and factor is not factors[-1])
+                or (isinstance(factor, SmoothMaximum) and factor is not factors[-1])
             )
             shown.append(self.group(self.show(factor)) if loose else self.show(factor))
         return shown
@@ -150,7 +151,7 @@ class _Notation:
 
     def closes(self, node: Expr) -> bool:
         """Whether the notation of a node ends with its own closing bracket."""
-        loose = Add | Mul | Pow | Sum | LogSumExp | Ravel | Float | Rational | log_cosh
+        loose = Add | Mul | Pow | Sum | SmoothMaximum | Ravel | Float | Rational | log_cosh
         return not isinstance(node, loose)
 
     def atom(self, node: Expr) -> str:
@@ -188,6 +189,8 @@ class _Notation:
                 return " ".join([self.log_of(self.sum(bound)), self.call(sympy.exp, body)])
             case Softmax():
                 return self.softmax(node.index, node.body)
+            case EntmaxConjugate() | Entmax():
+                return self.sparse(node)
             case Ravel():
                 body, slot, idx = node.args
                 return self.read_at(self.show(body), idx, slot)
@@ -272,6 +275,11 @@ class _Latex(_Notation):
             return word.replace("{}", self.show(argument))
         return rf"{word}\left({self.show(argument)}\right)"
 
+    def sparse(self, node: EntmaxConjugate | Entmax) -> str:
+        name = r"\operatorname{entmax}" if isinstance(node, Entmax) else r"\Psi"
+        alpha, over = float(node.args[2]), self.sum([node.index]).split("_", 1)[1]
+        return rf"{name}_{over}\left({self.show(node.body)};\ {alpha:g}\right)"
+
     def softmax(self, idx: Idx, body: Expr) -> str:
         return rf"\operatorname{{softmax}}_{{{self.index(idx)}}}\left({self.show(body)}\right)"
 
@@ -342,6 +350,11 @@ class _Text(_Notation):
         if name.endswith("_antiderivative"):
             name = "∫" + name.removesuffix("_antiderivative")
         return f"{WORDS_IN_TEXT.get(name, name)}({shown})"
+
+    def sparse(self, node: EntmaxConjugate | Entmax) -> str:
+        name = "entmax" if isinstance(node, Entmax) else "Ψ"
+        alpha, over = float(node.args[2]), self.sum([node.index]).split("_", 1)[1]
+        return f"{name}_{over}({self.show(node.body)}; {alpha:g})"
 
     def softmax(self, idx: Idx, body: Expr) -> str:
         return f"softmax_{self.index(idx)}({self.show(body)})"

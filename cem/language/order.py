@@ -5,14 +5,14 @@ from __future__ import annotations
 from sympy import Add, Expr, Indexed, Integer, Mul, Pow, Sum, Symbol
 
 from . import symbols
-from .symbols import LogSumExp, Ravel
+from .symbols import Ravel, SmoothMaximum
 
 
 def terms(expression: Expr) -> list[Expr]:
     """The terms of a sum in the order in which they are shown: short ones first, a minus last."""
 
     def key(term: Expr):
-        reductions = len(term.atoms(Sum, LogSumExp, Ravel))
+        reductions = len(term.atoms(Sum, SmoothMaximum, Ravel))
         whole = (is_negative(term), term.has(Ravel), reductions, not term.is_number)
         return (*whole, term.count_ops(), str(term))
 
@@ -43,7 +43,7 @@ def place(factor: Expr) -> tuple[int, str]:
                 isinstance(entry.base, symbols.Context) for entry in base.atoms(Indexed)
             )
             rank = 10 if of_context else 9
-        case LogSumExp():
+        case SmoothMaximum():
             rank = 8
         case _:
             rank = 1 if base.is_number else 3

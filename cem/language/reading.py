@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpmath.libmp import from_man_exp
 from sympy import Add, Expr, Float, Idx, Indexed, Integer, Mul, Pow, Rational, Sum, Symbol
 
+from .entmax import ALPHAS, EntmaxConjugate
 from .grammar import (
     ARITHMETIC,
     CONSTANTS,
@@ -64,6 +65,11 @@ class Reader(Walk):
             case "Lookup":
                 body, number = (self.tree(args[k], f"{path}[{k}]", depth + 1) for k in (0, 2))
                 return Lookup(body, self.index(args[1], f"{path}[1]", depth), number)
+            case "EntmaxConjugate":
+                body, alpha = (self.tree(args[k], f"{path}[{k}]", depth + 1) for k in (0, 2))
+                if alpha not in ALPHAS:
+                    refuse(f"{path}[2]", "be an alpha", args[2], "3/2, 2")
+                return EntmaxConjugate(body, self.index(args[1], f"{path}[1]", depth), alpha)
             case "Ravel":
                 body = self.tree(args[0], f"{path}[0]", depth + 1)
                 slot = self.slot(args[1], f"{path}[1]", depth)
@@ -82,7 +88,14 @@ class Reader(Walk):
         return (FUNCTIONS.get(word) or ARITHMETIC[word])(*parts, evaluate=False)
 
     def check_count(self, word: str, count: int, path: str) -> None:
-        counts = {"float": 3, "Ravel": 3, "Lookup": 3, "Rope": 6, **dict.fromkeys(CONSTANTS, 0)}
+        counts = {
+            "float": 3,
+            "Ravel": 3,
+            "Lookup": 3,
+            "EntmaxConjugate": 3,
+            "Rope": 6,
+            **dict.fromkeys(CONSTANTS, 0),
+        }
         counts |= {"position": 0}
         counts |= dict.fromkeys(
             ("rational", "index", "entry", "Sum", "LogSumExp", "Softmax", "Decay"), 2

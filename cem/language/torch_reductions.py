@@ -6,6 +6,7 @@ import operator
 
 from sympy import Abs, Expr, Idx, Mul, sqrt
 
+from .entmax import entmax_conjugate
 from .symbols import SEQ, LogSumExp, Softmax, size_of, total
 from .tokens import Decay
 from .torch_tensor import Untranslatable, Value, elementwise, lift, place, product, reduce
@@ -69,6 +70,14 @@ def _log_sum_exp(body: Expr, over: tuple[Idx, ...]) -> Expr:
 
 def logsumexp(input, dim, keepdim=False) -> Value:
     return reduce(input, dim, keepdim, _log_sum_exp)
+
+
+def sparse_maximum(input, dim, alpha) -> Value:
+    if len(input.axes[place(input.ndim, dim)]) != 1:
+        raise Untranslatable(
+            "`entmax_conjugate` reduces an axis of one named size: reduce it before it is flattened"
+        )
+    return reduce(input, dim, False, lambda body, over: entmax_conjugate(body, *over, alpha))
 
 
 def _weights(body: Expr, over: tuple[Idx, ...]) -> Expr:

@@ -11,6 +11,7 @@ from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
 from ..language.canonical import free_indices, rename
+from ..language.entmax import Entmax, EntmaxConjugate
 from ..language.positions import POSITIONS, ContextPosition, Lookup, Rope, TokenPosition
 from ..language.symbols import (
     SEQ,
@@ -20,9 +21,11 @@ from ..language.symbols import (
     LogSumExp,
     Parameter,
     Ravel,
+    Reduction,
     Scalar,
     Softmax,
     State,
+    Weights,
     index,
     is_word,
     size_of,
@@ -163,6 +166,8 @@ class Emitter:
                 body, idx = expression.args
                 value, mask = self.lower(body), self.visible(idx)
                 return self.ops.reduce(kernels.decayed, value, idx, mask, keep=True)
+            case EntmaxConjugate() | Entmax():
+                return self.sparse(expression)
             case Ravel():
                 return self.ravel(expression)
             case TokenSum():
@@ -272,7 +277,7 @@ class Emitter:
                 constant *= number
         values = [self.lower(factor) for factor in rest]
         for idx in over:
-            if is_seq(idx) and not any(isinstance(f, Softmax) and f.index == idx for f in rest):
+            if is_seq(idx) and not any(isinstance(f, Weights) and f.index == idx for f in rest):
                 values.append(self.mask_factor(idx, values))
         return self.ops.contract([Value(constant), *values], over, self.name_of(rest))
 
@@ -334,15 +339,32 @@ class Emitter:
             ] = None
         return self.reduce(torch.softmax, kernels.masked_softmax, expression, keep=True)
 
-    def reduce(self, plain, masked, expression: LogSumExp | Softmax, keep: bool) -> Value:
-        body, idx = expression.args
+    def sparse(self, expression: EntmaxConjugate | Entmax) -> Value:
+        """Sparse weights, or the maximum that they belong to, over all pairs of tokens if over the context."""
+        keep = isinstance(expression, Entmax)
+        if self.batched and is_seq(expression.index):
+            self.ops.kernels.add("dense_entmax")
+            self.reasons[
+                "sparse weights over the context are found by sorting, so they are written out over all pairs of"
+                " tokens"
+            ] = None
+        plain, masked = (
+            (kernels.entmax, kernels.masked_entmax)
+            if keep
+            else (kernels.entmax_conjugate, kernels.masked_entmax_conjugate)
+        )
+        return self.reduce(plain, masked, expression, keep)
+
+    def reduce(self, plain, masked, expression: Reduction, keep: bool) -> Value:
+        body, idx, *options = expression.args
+        options = tuple(map(float, options))
         if not is_seq(idx):
-            return self.ops.reduce(plain, self.lower(body), idx, None, keep)
+            return self.ops.reduce(plain, self.lower(body), idx, None, keep, *options)
         score, conditions = split_conditions(body)
         value = self.lower(score)
         if is_placed(score):
             value = Value(self.ops.call("type_as", value.node, self.input("h")), value.axes)
-        return self.ops.reduce(masked, value, idx, self.seen(idx, conditions), keep)
+        return self.ops.reduce(masked, value, idx, self.seen(idx, conditions), keep, *options)
 
     def received(self, body: Expr, s: Idx) -> Value:
         """The sum over the tokens that see a token, which the index s stands for."""
@@ -356,7 +378,7 @@ class Emitter:
             " softmax of bilinear scores times features"
         ] = None
         values = [self.lower(f) for f in factors if f != 1]
-        if not any(isinstance(f, Softmax) and f.index == s for f in factors):
+        if not any(isinstance(f, Weights) and f.index == s for f in factors):
             mask = self.visible(s)
             node = self.ops.call("type_as", mask.node, self.input("h"))
             values.append(Value(node, mask.axes))

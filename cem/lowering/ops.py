@@ -225,7 +225,9 @@ class Ops:
 
     # -- reductions over one axis ---------------------------------------------------------------------------
 
-    def reduce(self, target, value: Value, axis: Idx, visible: Value | None, keep: bool) -> Value:
+    def reduce(
+        self, target, value: Value, axis: Idx, visible: Value | None, keep: bool, *options: float
+    ) -> Value:
         """Apply a reduction (or, with ``keep``, a normalisation) to one axis, masked where ``visible`` is given."""
         if visible is None:
             if axis not in value.axes:
@@ -234,10 +236,10 @@ class Ops:
                 value = Value(node, (*value.axes, axis))
             position = value.axes.index(axis)
             axes = value.axes if keep else value.axes[:position] + value.axes[position + 1 :]
-            return Value(self.call(target, value.node, position), axes)
+            return Value(self.call(target, value.node, position, *options), axes)
         axes = self.union([value, visible])
         position = axes.index(axis)
         # A leading axis that only the mask has must exist before the reduction counts its axes.
         node, mask = self.full(value, axes), self.full(visible, axes)
         out = axes if keep else axes[:position] + axes[position + 1 :]
-        return Value(self.call(target, node, mask, position), out)
+        return Value(self.call(target, node, mask, position, *options), out)

@@ -14,10 +14,10 @@ from ..language.symbols import (
     Dim,
     Direction,
     Frozen,
-    LogSumExp,
     NamedArray,
-    Softmax,
+    SmoothMaximum,
     State,
+    Weights,
     index,
     size_of,
 )
@@ -80,7 +80,7 @@ def _reduced(node: Expr) -> frozenset[Idx]:
     match node:
         case Sum():
             return frozenset(limit[0] for limit in node.limits)
-        case LogSumExp() | Softmax() | Decay():
+        case SmoothMaximum() | Weights() | Decay():
             return frozenset((node.index,))
     return frozenset()
 
@@ -94,7 +94,7 @@ def is_placed(expression: Expr) -> bool:
     """Whether positions are computed with outside rotations, in float32 at least."""
     if isinstance(expression, Rope):
         return is_placed(expression.body)
-    if isinstance(expression, Softmax | LogSumExp) and is_seq(expression.index):
+    if isinstance(expression, SmoothMaximum | Weights) and is_seq(expression.index):
         return False
     if isinstance(expression, Indexed):
         return isinstance(expression.base, ContextPosition)

@@ -7,6 +7,7 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 
 from .attention import attention_with_logsumexp, transposed_attention
 from .banded import banded_attention, windowed_attention
+from .entmax import entmax, entmax_conjugate, masked_entmax, masked_entmax_conjugate
 from .grouped import decode_attention, grouped_attention
 from .linear import (
     decayed,
@@ -32,6 +33,8 @@ __all__ = [
     "banded_attention",
     "bias",
     "decode_attention",
+    "entmax",
+    "entmax_conjugate",
     "exact_parts",
     "grouped_attention",
     "decayed",
@@ -41,6 +44,8 @@ __all__ = [
     "linear_recall",
     "linear_recalled",
     "lookup",
+    "masked_entmax",
+    "masked_entmax_conjugate",
     "masked_logsumexp",
     "masked_softmax",
     "one_unseen",
