@@ -41,6 +41,9 @@ demo: $(VENV)/.package  ## set up and run the demo
 test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
+test-long: $(VENV)/.test  ## the attacks on certificates and bounds, ten thousand trials each: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long -rP $(ARGS)
+
 test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one
 	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest --junitxml=$(RESULTS)/tests-cuda.xml $(ARGS)
 
@@ -59,4 +62,4 @@ lint: $(VENV)/.dev  ## set up and run the static checks
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 
-.PHONY: help demo test test-gpu bench bench-gpu lint clean
+.PHONY: help demo test test-long test-gpu bench bench-gpu lint clean

@@ -190,7 +190,7 @@ def test_no_bound_is_below_an_eigenvalue():
     assert max(found) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_bound_is_below_an_eigenvalue_in_many_energies():
     found = attack(range(1000, 3000))
     print(f"{len(found)} bounds, the tightest reached to {max(found):.4f}")
