@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import cem
+from cem import energies
 from cem.energies import diagonal_plus_low_rank, gated, interaction
 
 from .handwritten import DiagonalAttention, TiedAttention, TiedGatedMLP
@@ -86,7 +87,13 @@ class AutogradOfEnergy(nn.Module):
 
 
 def interaction_as(kind: str, settings: Settings) -> nn.Module:
-    """The interaction layer: in closed form, as autograd of all tokens, or of one, mapped."""
+    """The interaction layer: in closed form, as autograd of all tokens, or of one, mapped.
+
+    Another kind is the name of an energy of the gallery with the same sizes, in closed form.
+    """
+    if kind in energies.__all__:
+        sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+        return cem.derive(getattr(energies, kind), lowering="fused", **sizes)
     if kind == "vmap":
         return interaction_layer(settings, lowering="autograd")
     layer = interaction_layer(settings, lowering="fused")

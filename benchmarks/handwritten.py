@@ -13,21 +13,23 @@ from torch.nn import functional as F
 class TiedAttention(nn.Module):
     """Causal multi-head attention with the values tied to the keys and the output to the queries.
 
-    Q and K: (H, R, D). Returns h plus the attended values, (B, T, D).
+    Q and K: (H, R, D). Adds the attended values to h, (B, T, D), ``steps`` times with the keys of the first.
     """
 
-    def __init__(self, Q: nn.Parameter, K: nn.Parameter, beta: float) -> None:
+    def __init__(self, Q: nn.Parameter, K: nn.Parameter, beta: float, steps: int = 1) -> None:
         super().__init__()
-        self.Q, self.K, self.beta = Q, K, beta
+        self.Q, self.K, self.beta, self.steps = Q, K, beta, steps
 
     def forward(self, h: Tensor) -> Tensor:
         B, T, D = h.shape
         H, R, _ = self.Q.shape
-        q = F.linear(h, self.Q.view(H * R, D)).view(B, T, H, R).transpose(1, 2)  # (B, H, T, R)
-        k = F.linear(h, self.K.view(H * R, D)).view(B, T, H, R).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=self.beta)
-        mixed = mixed.transpose(1, 2).reshape(B, T, H * R)
-        return h + mixed @ self.Q.view(H * R, D)
+        k = F.linear(h, self.K.view(H * R, D)).view(B, T, H, R).transpose(1, 2)  # (B, H, T, R)
+        for _ in range(self.steps):
+            q = F.linear(h, self.Q.view(H * R, D)).view(B, T, H, R).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=self.beta)
+            mixed = mixed.transpose(1, 2).reshape(B, T, H * R)
+            h = h + mixed @ self.Q.view(H * R, D)
+        return h
 
 
 class DiagonalAttention(nn.Module):
