@@ -45,7 +45,8 @@ class LayerObjective:
         frozen: the gates: norm(h) at the input of the layer or of the step.
         seen: what the tokens see.
         values: parameters and learned scalars.
-        fixed: what the lowering has computed once for all steps.
+        fixed: what the lowering has computed once for all steps, or what a cache holds.
+        program: the program of the gradient, which takes ``fixed`` last.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class LayerObjective:
         values: tuple[Tensor, ...],
         fixed: tuple[Tensor, ...],
         step: int = 0,
+        program: Callable[..., Tensor] | None = None,
     ) -> None:
         self.layer, self.g, self.frozen, self.seen = layer, g, frozen, seen
         self.values, self.fixed, self.step = values, fixed, step
+        self.program = layer.lowering.gradient if program is None else program
 
     def at(self, h: Tensor, step: int) -> LayerObjective:
         """That of another step, which begins at h; called on the one of the first step."""
@@ -68,7 +71,7 @@ class LayerObjective:
         g = self.layer.norm(h)
         frozen = g if self.layer.refresh == "step" else self.frozen
         seen = self.seen._replace(x=g) if self.layer.moving else self.seen
-        return type(self)(self.layer, g, frozen, seen, self.values, self.fixed, step)
+        return type(self)(self.layer, g, frozen, seen, self.values, self.fixed, step, self.program)
 
     @property
     def around(self) -> tuple:
@@ -77,7 +80,7 @@ class LayerObjective:
 
     def gradient(self, g: Tensor) -> Tensor:
         """dE/dg (B, T, D) divided by ``lowering.scale``."""
-        return self.layer.lowering.gradient(g, *self.around, *self.fixed)
+        return self.program(g, *self.around, *self.fixed)
 
     def taken(self, before: Tensor, after: Tensor) -> None:
         """Told after the step with the states before and after it."""

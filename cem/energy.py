@@ -33,6 +33,7 @@ RESERVED = (
     "position",
     "context_position",
     "states",
+    "ordered",
     "direction",
 )
 

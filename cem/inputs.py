@@ -26,6 +26,7 @@ class Seen(NamedTuple):
         position: positions of the states, (B or 1, T), or None for an energy without positions.
         context_position: positions of the context tokens, (B or 1, S), or None.
         states: what earlier tokens left to each linear attention, where a decoder has seen some, else None.
+        ordered: whether the states are the context and stand at positions 0, 1, 2, ...
     """
 
     x: Tensor | None
@@ -34,6 +35,7 @@ class Seen(NamedTuple):
     position: Tensor | None
     context_position: Tensor | None
     states: tuple[Tensor | None, ...] | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class Reader:
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         dense: bool = False,
+        past: int | None = None,
     ) -> tuple[Tensor, Tensor, Seen]:
         """(h, norm(h), what is seen), each with one batch axis.
 
-        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone.
+        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone. With ``past``
+        earlier tokens in a cache, the mask is over them too, x and ``context_position`` are those of the new ones.
         """
         self.check(h, "state", self.dim)
         tokens = h.reshape(-1, *h.shape[-2:])
@@ -81,10 +85,15 @@ class Reader:
                     f"layer `{self.energy.name}` needs a context of width {self.context_dim}: got none;"
                     " call it with `context=`"
                 )
-            T, S = tokens.shape[1], x.shape[1]
+            T, S = tokens.shape[1], x.shape[1] + (past or 0)
             mask, causal = self._visible(T, S, visible, document_ids, h, dense)
-        own, others = self._positions(positions, context_positions, T, S, context, h)
-        return tokens, g, Seen(x, mask, causal, own, others)
+        ordered = all(given is None for given in (context, positions, context_positions))
+        ordered = ordered and self.placed and not past
+        if past is not None and self.placed and positions is None:
+            positions = torch.arange(past, past + T, device=h.device)
+        length = S if past is None else T
+        own, others = self._positions(positions, context_positions, T, length, context, h)
+        return tokens, g, Seen(x, mask, causal, own, others, None, ordered)
 
     def check(self, h: Tensor, what: str, width: int) -> None:
         """Refuse a state or a context of another kind or shape."""
@@ -137,6 +146,8 @@ class Reader:
                 f" tokens for {T}; derive it with `causal=False` for cross attention"
             )
         masked = visible is not None or document_ids is not None
+        if T == 1 and self.causal and not masked and not dense:
+            return None, False
         if not masked and not dense and not (self.causal and S != T):
             return None, self.causal
         if masked and energy.expression is None and not energy.masks_itself:

@@ -13,6 +13,7 @@ from sympy import Symbol
 from torch import Tensor, nn
 
 from . import descent, spectrum
+from .cache import Cache, decode, new_cache
 from .certificate import certify
 from .descent import LayerObjective, descend
 from .energy import Energy
@@ -126,6 +127,7 @@ class EnergyLayer(nn.Module):
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         memory: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The state after ``steps`` updates.
 
@@ -141,6 +143,8 @@ class EnergyLayer(nn.Module):
             document_ids: whole numbers (..., S): tokens see those of their own document only.
             memory: what a rule with momentum remembers, (..., T, D), to be carried from layer to layer: the first
                 gets ``layer.update.init(h)``, the next what this one returns.
+            cache: of :meth:`init_cache`; the states are then the next T tokens, which see those of earlier calls and
+                are taken in. ``visible`` is over all tokens so far.
 
         Returns:
             states, shape (..., T, D); the pair (states, memory) if a memory is given.
@@ -155,6 +159,7 @@ class EnergyLayer(nn.Module):
             positions=positions,
             context_positions=context_positions,
             document_ids=document_ids,
+            cache=cache,
         )
         if memory is None:
             return descend(self, first, h)[0].reshape(shape)
@@ -167,13 +172,36 @@ class EnergyLayer(nn.Module):
         *,
         dense: bool = False,
         kind: type[LayerObjective] = LayerObjective,
+        cache: Cache | None = None,
         **inputs: Tensor | None,
     ) -> tuple[Tensor, LayerObjective]:
         """States (B, T, D) from the inputs of :meth:`forward`, and what the first step descends."""
+        if cache is not None:
+            return decode(self, cache, h, **inputs)
         h, g, seen = self.reader(self.norm, h, dense=dense or self.dense, **inputs)
         values = self.values()
         fixed = self.lowering.prepare(g, g, *seen, *values)
         return h, kind(self, g, g, seen, values, fixed)
+
+    def init_cache(self, batch: int, max_seq: int) -> Cache:
+        """An empty :class:`~cem.cache.Cache` for ``batch`` sequences of up to ``max_seq`` tokens.
+
+        It holds what the program of the layer computes from the context alone, in the type and on the device of the
+        parameters: for tied attention one tensor (batch, heads, max_seq, rank).
+
+        Raises:
+            ValueError: a layer that is not causal, moves its context or asks for energies in its steps; an energy
+                whose program needs all pairs of tokens, or that has no context.
+
+        >>> import torch, cem
+        >>> from cem.energies import interaction
+        >>> layer = cem.derive(interaction, dim=16, heads=2, rank=8)
+        >>> h, cache = torch.randn(1, 5, 16), layer.init_cache(1, 64)
+        >>> parts = [layer(h[:, :3], cache=cache), layer(h[:, 3:4], cache=cache), layer(h[:, 4:], cache=cache)]
+        >>> torch.allclose(torch.cat(parts, 1), layer(h), atol=1e-6), cache.nbytes == 64 * 16 * 4
+        (True, True)
+        """
+        return new_cache(self, batch, max_seq)
 
     def values(self) -> tuple[Tensor, ...]:
         """Parameters and learned scalars in the order in which the lowering takes them."""

@@ -71,7 +71,9 @@ class LayerTrace:
                 visible = torch.ones(T, S, dtype=torch.bool, device=g.device)
                 visible = (visible.tril() if seen.causal else visible)[None, None]
             visible = _of_sequence(visible, batch)[:, :, token, None].expand(1, 1, len(points), S)
-            seen = seen._replace(x=seen.x[batch : batch + 1], visible=visible, causal=False)
+            seen = seen._replace(
+                x=seen.x[batch : batch + 1], visible=visible, causal=False, ordered=False
+            )
         if seen.position is not None:
             own = _of_sequence(seen.position, batch)[:, token, None].expand(1, len(points))
             others = _of_sequence(seen.context_position, batch)

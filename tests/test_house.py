@@ -35,6 +35,7 @@ FLOORS = (
         "update",
     ),
     ("descent", "line_search", "newton"),
+    ("cache",),
     ("layer",),
     ("fixed_point", "trace", "growth", "routing", "analysis", "testing"),
     ("lm", "allocation"),

@@ -192,6 +192,7 @@ def test_code_is_the_program(case):
         "visible": visible,
         "causal": False,
         "states": None,
+        "ordered": False,
         **dict(layer.named_parameters()),
     }
     known |= {f"{name}_": value for name, value in known.items()}

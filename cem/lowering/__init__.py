@@ -28,7 +28,7 @@ from .reference import (
     loop_tokens,
     map_tokens,
 )
-from .schedule import split
+from .schedule import cut, split
 
 
 class LoweringError(ValueError):
@@ -68,7 +68,7 @@ class _Plan:
             )
         program = self.program([self.energy.expression], batched=False)
         scale = program.scale
-        arguments = [name for name in self.arguments if name not in ("causal", "states")]
+        arguments = [name for name in self.arguments if name not in ("causal", "states", "ordered")]
         function = compiled(listing(program.graph, "energy", arguments), "energy")
         return function if scale == 1 else lambda *inputs: scale * function(*inputs)
 
@@ -86,7 +86,23 @@ class _Plan:
         shapes = {str(parameter.name): tuple(parameter.shape) for parameter in energy.parameters}
         values = (draw(*shapes[name]) if name in shapes else torch.ones(()) for name in self.names)
         places = torch.arange(2.0)[None]
-        return h, h, x, None, energy.masks_itself, places, places, None, *values
+        return h, h, x, None, energy.masks_itself, places, places, None, False, *values
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The program of ``gradient`` for a decoder, cut where the context alone ends.
+
+    ``context`` gives what is to be kept of new tokens as a tuple, ``gradient`` takes what is held after the
+    parameters. ``kinds`` says of each whether it is appended, a state, or new; ``window`` and ``counts`` as in
+    :class:`~cem.lowering.program.Program`.
+    """
+
+    context: Callable[..., tuple]
+    gradient: Callable[..., Tensor]
+    kinds: tuple[str, ...]
+    window: int | None
+    counts: bool
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,7 @@ class Lowering:
         energy: energies (B, T).
         gradient_and_energy: what ``gradient`` and ``energy`` return, from the same kernel calls.
         hessian_product: (h, ...) -> the map v -> d2E/dh2 v (B, T, D).
+        decoding: the program cut for a cache; ``ValueError`` where there can be none.
     """
 
     kind: str
@@ -156,6 +173,7 @@ class Lowering:
     energy: EnergyFunction
     gradient_and_energy: EnergyFunction
     hessian_product: HessianFunction
+    decoding: Decoding
 
 
 class Fused(Lowering):
@@ -172,6 +190,7 @@ class Fused(Lowering):
         self.scale = program.scale
         self.needs_mask = program.needs_mask
         self.graph = program.graph
+        self.program = program
         self.code = _code(program)
         prepare, repeat, border = split(program.graph, fixed)
         self.prepare = plan.compile(prepare, "prepare")
@@ -190,6 +209,29 @@ class Fused(Lowering):
         expressions = [self.plan.force, self.plan.energy.expression]
         program = self.plan.program(expressions, self.axis)
         return EnergyFunction(self.plan.compile(program.graph, "energy"), program.needs_mask)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        program, name = self.program, self.plan.energy.name
+        if self.plan.joint or program.pairs:
+            why = "; ".join(self.reasons) or "a mask over pairs of tokens enters it"
+            why = "its tokens move together" if self.plan.joint else why
+            raise ValueError(
+                f"energy `{name}` cannot be decoded token by token from a cache: {why}"
+            )
+        if not program.kept:
+            raise ValueError(
+                f"energy `{name}` keeps nothing of the tokens it has seen: call the layer without `cache`"
+            )
+        nodes, kinds = zip(*program.kept, strict=True)
+        prepare, repeat, border = cut(program.graph, nodes)
+        return Decoding(
+            self.plan.compile(prepare, "context"),
+            self.plan.compile(repeat, "gradient", border),
+            kinds,
+            program.window,
+            program.counts,
+        )
 
     @cached_property
     def hessian_product(self) -> HessianFunction:
@@ -220,6 +262,7 @@ class Autograd(Lowering):
             self.code = "gradient = [[grad(energy)(token) for token in row] for row in h]"
             reasons = (*reasons, "it branches on its data, so tokens are taken one after the other")
         self.reasons = reasons
+        self.name = plan.energy.name
         self.prepare = lambda *inputs: ()
         self.gradient = (
             joint_gradient_of(token, mapping) if plan.joint else gradient_of(token, mapping)
@@ -230,6 +273,12 @@ class Autograd(Lowering):
         )
         self.hessian_product = HessianFunction(
             lambda *inputs: (), hessian_of(self.gradient), plan.energy.curvature
+        )
+
+    @property
+    def decoding(self) -> Decoding:
+        raise ValueError(
+            f"energy `{self.name}` is lowered to autograd, which keeps no cache: {'; '.join(self.reasons)}"
         )
 
 

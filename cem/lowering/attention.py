@@ -23,7 +23,7 @@ from ..language.canonical import free_indices
 from ..language.symbols import LogSumExp, Softmax, spelling
 from ..language.tokens import TokenSum
 from . import kernels
-from .bilinear import EXACT, Feature, Score, Term, bilinear
+from .bilinear import EXACT, Feature, Score, Term, bilinear, reach, window_of
 from .features import Features, Host
 from .values import BATCH, TOKEN, Value, is_placed, is_seq, moves_with_token
 
@@ -82,6 +82,7 @@ class AttentionGroups:
         self.emitter, self.features = emitter, Features(emitter)
         self.groups: dict[tuple[Expr, Idx], Group | None] = {}
         self.wanted: set[tuple[Expr, Idx]] = set()
+        self.reaches: list[int | None] = []
 
     def collect(self, expressions: Sequence[Expr]) -> None:
         """Register every weighted sum and every log-sum-exp before anything is emitted."""
@@ -205,6 +206,9 @@ class AttentionGroups:
                 k = ops.call(F.pad, k, (0, start - width))
             width = max(width, start)
         ops.kernels.add("sdpa")
+        ops.keep(k, "append")
+        ops.keep(v, "append")
+        self.reaches.append(reach(group.score.conditions))
         if (group.body, group.index) in self.wanted:
             both = ops.call(
                 kernels.attention_with_logsumexp,
@@ -217,24 +221,36 @@ class AttentionGroups:
             value = Value(lse, (BATCH, *one.heads, *one.own, TOKEN))
             group.logsumexp = self.raised(value, group, one)
         else:
-            options = {"enable_gqa": True} if one.own else {}
-            mask, causal = one.mask, one.causal
-            if one.bias is not None:
-                mask, causal = ops.call(kernels.bias, mask, causal, one.bias, name="bias"), False
-            out = ops.call(
-                F.scaled_dot_product_attention,
-                *(q, k, v),
-                attn_mask=mask,
-                is_causal=causal,
-                scale=one.scale,
-                **options,
-                name="attended",
-            )
+            out = self.attend(q, k, v, one, group)
         heads = (*one.heads, *one.own)
         for value in values:
             group.outputs[value.key] = self.cut(
                 out, value, heads, places[value.key], width, "attended"
             )
+
+    def attend(self, q: fx.Node, k: fx.Node, v: fx.Node, one: Operands, group: Group) -> fx.Node:
+        """The kernel call that needs no log-sum-exp."""
+        ops, mask, causal = self.emitter.ops, one.mask, one.causal
+        window = window_of(group.score.conditions)
+        if window and not one.own and one.bias is None:
+            names = ("visible", "causal", "ordered", "position", "context_position")
+            arguments = (q, k, v, *map(self.emitter.input, names), *window, one.scale)
+            return ops.call(kernels.windowed_attention, *arguments, name="attended")
+        if one.own and one.bias is None:
+            arguments = (q, k, v, mask, causal, one.scale)
+            return ops.call(kernels.grouped_attention, *arguments, name="attended")
+        if one.bias is not None:
+            mask, causal = ops.call(kernels.bias, mask, causal, one.bias, name="bias"), False
+        options = {"enable_gqa": True} if one.own else {}
+        return ops.call(
+            F.scaled_dot_product_attention,
+            *(q, k, v),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=one.scale,
+            **options,
+            name="attended",
+        )
 
     def emit_received(self, group: Group) -> None:
         ops, one = self.emitter.ops, self.operands(group)

@@ -10,8 +10,9 @@ from itertools import count
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
 
 from ..language.canonical import free_indices, rename
+from ..language.positions import TOKEN_POSITION, ContextPosition
 from ..language.symbols import Dim, Frozen, Parameter, State, index, size_of, spelling, total
-from ..language.words import only
+from ..language.words import only, step
 from .values import is_placed, is_seq, moves_with_token, sources
 
 EXACT = index("part", Dim("parts"))
@@ -23,6 +24,47 @@ def split_conditions(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
     terms = Add.make_args(score)
     conditions = tuple(term.args[0] for term in terms if isinstance(term, only))
     return Add(*(term for term in terms if not isinstance(term, only))), conditions
+
+
+def reach(conditions: Iterable[Expr]) -> int | None:
+    """How many tokens back a token may see, itself among them, by conditions on their distance; None for all."""
+    found = [_reach(factor) for one in conditions for factor in Mul.make_args(one)]
+    return min((n for n in found if n is not None), default=None)
+
+
+def window_of(conditions: Sequence[Expr]) -> tuple[int, int] | None:
+    """(window, sinks) where tokens see those at a distance below the window, and the first few, and no others."""
+    if len(conditions) != 1:
+        return None
+    if (window := _reach(conditions[0])) is not None:
+        return window, 0
+    parts = [1 - factor for factor in Mul.make_args(1 - conditions[0])]
+    windows = [n for n in map(_reach, parts) if n is not None]
+    sinks = [n for n in map(_first, parts) if n is not None]
+    return (windows[0], sinks[0]) if len(parts) == 2 and windows and sinks else None
+
+
+def _first(factor: Expr) -> int | None:
+    """n where a factor is positive only for the first n tokens."""
+    leaves = factor.atoms(Indexed)
+    if not isinstance(factor, step) or len(leaves) != 1 or factor.has(TOKEN_POSITION):
+        return None
+    (leaf,) = leaves
+    bound = factor.args[0] + leaf
+    return int(bound) if isinstance(leaf.base, ContextPosition) and bound.is_Integer else None
+
+
+def _reach(factor: Expr) -> int | None:
+    """n where a factor is positive only if the distance of the positions is below n, which is a whole number."""
+    if isinstance(factor, step):
+        positive = factor.args[0]
+    elif isinstance(1 - factor, step):
+        positive = 1 - (1 - factor).args[0]
+    else:
+        return None
+    others = [leaf for leaf in positive.atoms(Indexed) if isinstance(leaf.base, ContextPosition)]
+    bound = positive + TOKEN_POSITION - Add(*others)
+    return max(int(bound), 1) if len(others) == 1 and bound.is_Integer else None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
 from ..language.canonical import free_indices, rename
-from ..language.positions import ContextPosition, Lookup, Rope, TokenPosition
+from ..language.positions import POSITIONS, ContextPosition, Lookup, Rope, TokenPosition
 from ..language.symbols import (
     SEQ,
     Context,
@@ -37,7 +37,7 @@ from .bilinear import EXACT, split_conditions
 from .linear_attention import LinearAttention
 from .ops import Ops
 from .places import Places
-from .values import BATCH, TOKEN, Value, is_placed, is_seq
+from .values import BATCH, TOKEN, Value, is_placed, is_seq, sources
 
 
 class Emitter:
@@ -66,7 +66,8 @@ class Emitter:
         self.mask: fx.Node | None = None
         self.memo: dict[Expr, Value] = {}
         self.places = Places(self)
-        self.needs_mask = False
+        self.needs_mask = self.counts = False
+        self.pairs = False
         self.reasons: dict[str, None] = {}
         self.lead = (BATCH, TOKEN) if batched else ()
 
@@ -107,7 +108,7 @@ class Emitter:
 
     def visible(self, idx: Idx) -> Value:
         """The mask as a value over (batch, token, idx), or (idx,) for one token."""
-        self.needs_mask = True
+        self.needs_mask = self.pairs = True
         node = self.input("visible")
         if not self.batched:
             return Value(node, (idx,))
@@ -173,7 +174,7 @@ class Emitter:
         if is_word(expression):
             word = word_of(expression.func)
             value = self.lower(expression.args[0])
-            if word.name in ("exp", "log"):
+            if word.name in ("exp", "log") and not sources(expression) <= {*POSITIONS}:
                 value = self.tame(value)
             return Value(self.ops.call(word.torch, value.node, name=word.name), value.axes)
         raise ValueError(f"`{type(expression).__name__}` has no torch meaning: got {expression}")
@@ -219,6 +220,7 @@ class Emitter:
             node = self.ops.call("sum", mask.node, -1)
             node = self.ops.call("type_as", node, self.input("h"), name="visible_count")
             return Value(node, mask.axes[:-1])
+        self.counts = True
         inputs = map(self.input, ("visible", "causal", "h", "x"))
         return Value(self.ops.call(kernels.visible_count, *inputs, name="count"), (BATCH, TOKEN))
 

@@ -83,8 +83,13 @@ class Features:
         ops = self.ops
         nodes = []
         for value, inner in parts:
-            value = self.expand(value, (BATCH, position, *heads, *inner))
-            value = ops.permute(value, (BATCH, position, *heads, *inner))
+            layout = (BATCH, position, *heads, *inner)
+            value = self.expand(value, layout)
+            by_columns = inner and value.axes[-1] != layout[-1]
+            value = ops.permute(value, layout)
+            if by_columns and len(parts) == 1:
+                # Fused kernels read rows.
+                value = Value(ops.call("contiguous", value.node), layout)
             nodes.append(ops.grouped(value, [[BATCH], [position], heads, inner]))
         # Heads move to the front last: concatenation then reads and writes whole rows.
         node = nodes[0] if len(nodes) == 1 else ops.call(torch.cat, nodes, -1, name=name)

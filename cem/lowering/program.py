@@ -13,7 +13,17 @@ from torch import fx
 from .emit import Emitter
 from .values import Value, is_placed
 
-INPUTS = ("h", "frozen", "x", "visible", "causal", "position", "context_position", "states")
+INPUTS = (
+    "h",
+    "frozen",
+    "x",
+    "visible",
+    "causal",
+    "position",
+    "context_position",
+    "states",
+    "ordered",
+)
 """Names of a program's inputs; parameters and learned scalars follow under their own names."""
 
 
@@ -21,7 +31,9 @@ INPUTS = ("h", "frozen", "x", "visible", "causal", "position", "context_position
 class Program:
     """An emitted program: a graph from ``inputs`` to its outputs, and what it uses.
 
-    ``scale`` is a factor of the first output that was left out of the graph.
+    ``scale`` is a factor of the first output that was left out of the graph. ``kept`` says what a decoder keeps of the
+    context and how, ``window`` how far back it looks, None for to the start; ``pairs`` that context tokens enter
+    other than through what is kept, ``counts`` that the number of visible tokens does.
     """
 
     graph: fx.Graph
@@ -30,6 +42,10 @@ class Program:
     needs_mask: bool
     scale: float = 1.0
     reasons: tuple[str, ...] = ()
+    kept: tuple[tuple[fx.Node, str], ...] = ()
+    window: int | None = None
+    pairs: bool = False
+    counts: bool = False
 
 
 def _output(emitter: Emitter, expression: Expr, axes: tuple[Idx, ...]) -> fx.Node:
@@ -65,8 +81,22 @@ def program(emitter: Emitter, expressions: Sequence[Expr], over: Idx | None = No
     inputs = _order_inputs(emitter.graph)
     emitter.graph.lint()
     kernels = tuple(sorted(emitter.ops.kernels))
+    reaches = emitter.groups.reaches
     return Program(
-        emitter.graph, inputs, kernels, emitter.needs_mask, float(scale), tuple(emitter.reasons)
+        emitter.graph,
+        inputs,
+        kernels,
+        emitter.needs_mask,
+        float(scale),
+        tuple(emitter.reasons),
+        tuple(
+            (node, how)
+            for node, how in emitter.ops.kept.items()
+            if node in set(emitter.graph.nodes)
+        ),
+        None if None in reaches else max(reaches, default=None),
+        emitter.pairs,
+        emitter.counts,
     )
 
 

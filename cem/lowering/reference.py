@@ -101,10 +101,11 @@ def map_tokens(
     position: Tensor | None,
     context_position: Tensor | None,
     states: None,
+    ordered: bool,
     *parameters: Tensor,
 ) -> Tensor:
     """Apply a function of one token to every token of every sequence."""
-    del states
+    del states, ordered
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
     own, others = _rows(position, len(h)), _rows(context_position, len(h))
@@ -126,10 +127,11 @@ def loop_tokens(
     position: Tensor | None,
     context_position: Tensor | None,
     states: None,
+    ordered: bool,
     *parameters: Tensor,
 ) -> Tensor:
     """What ``map_tokens`` does, one token after the other: for callables that branch on their data."""
-    del states
+    del states, ordered
     frozen = h if frozen is None else frozen
     mask = _dense(h, x, visible, causal)
     own, others = _rows(position, len(h)), _rows(context_position, len(h))

@@ -6,7 +6,7 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 """
 
 from .attention import attention_with_logsumexp, transposed_attention
-from .banded import banded_attention
+from .banded import banded_attention, windowed_attention
 from .grouped import decode_attention, grouped_attention
 from .linear import (
     decayed,
@@ -50,5 +50,6 @@ __all__ = [
     "transposed_attention",
     "turns",
     "visible_count",
+    "windowed_attention",
     "zero_unseen",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, one_dtype
+from .masked import seen
 
 BLOCK = 64
 """Least queries a block; from 4 * BLOCK on, a quarter of the window. Seconds forward and backward at (1, 4, 4096, 64),
@@ -74,6 +75,38 @@ def banded_attention(
         share = torch.sigmoid(sunk_lse - lse).unsqueeze(-1).to(out.dtype)
         out = out + share * (sunk - out)
     return torch.cat([first, out], 2)
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    ordered: bool,
+    position: Tensor,
+    context_position: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> Tensor:
+    """Attention to tokens at a distance of positions below ``window``, and to those at positions below ``sinks``.
+
+    Where the tokens are a whole sequence in order, which ``ordered`` says, it is :func:`banded_attention`; elsewhere
+    a mask of all pairs.
+
+    Args:
+        visible, causal: as in the other kernels.
+        position: those of the queries, (B or 1, T).
+        context_position: those of the keys, (B or 1, S).
+    """
+    if ordered and causal and visible is None and window < q.shape[2]:
+        return banded_attention(q, k, v, window, scale, sinks)
+    holds = position.unsqueeze(-1) - context_position.unsqueeze(-2) < window
+    if sinks:
+        holds = holds | (context_position < sinks).unsqueeze(-2)
+    mask = seen(visible, causal, holds.unsqueeze(1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _spans(t: Tensor, length: int, step: int) -> Tensor:
