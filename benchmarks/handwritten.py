@@ -58,6 +58,41 @@ class DiagonalAttention(nn.Module):
         return h + diagonal + low.reshape(B, T, H * R) @ self.Q.view(H * R, D)
 
 
+class CachedAttention(nn.Module):
+    """Causal multi-head attention with four matrices and a cache of two tensors, for decoding.
+
+    Q, K, V and out: (H, R, D); keys and values: (B, H, max_seq, R), of which ``length`` tokens are filled.
+    """
+
+    def __init__(self, Q: Tensor, K: Tensor, V: Tensor, out: Tensor, beta: float) -> None:
+        super().__init__()
+        self.Q, self.K, self.V, self.out = map(nn.Parameter, (Q, K, V, out))
+        self.beta, self.length = beta, 0
+
+    def init_cache(self, batch: int, max_seq: int) -> None:
+        H, R, _ = self.K.shape
+        self.keys, self.values = self.K.new_zeros(2, batch, H, max_seq, R).unbind()
+        self.length = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, D = h.shape
+        H, R, _ = self.Q.shape
+        q, k, v = (
+            F.linear(h, W.view(H * R, D)).view(B, T, H, R).transpose(1, 2)  # (B, H, T, R)
+            for W in (self.Q, self.K, self.V)
+        )
+        seen = self.length + T
+        self.keys[:, :, self.length : seen] = k
+        self.values[:, :, self.length : seen] = v
+        # A first call may bring many tokens; later ones bring one, which sees all.
+        first, self.length = self.length == 0, seen
+        mixed = F.scaled_dot_product_attention(
+            q, self.keys[:, :, :seen], self.values[:, :, :seen], is_causal=first, scale=self.beta
+        )
+        mixed = mixed.transpose(1, 2).reshape(B, T, H * R)
+        return h + mixed @ self.out.view(H * R, D)
+
+
 class TiedGatedMLP(nn.Module):
     """Gated MLP with one matrix for up and down. U and G: (M, D)."""
 

@@ -51,6 +51,8 @@ class Row:
 
     @property
     def bar(self) -> str:
+        if self.most is not None and self.most == self.least:
+            return f"= {self.most:g}{self._suffix}"
         if self.most is not None and self.least is not None:
             return f"{self.least:.4g} to {self.most:.4g}{self._suffix}"
         if self.most is not None:

@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 import cem
 
 from . import counts, layers
 from .cases import backward, diagonal_layer, interaction_as, interaction_layer
-from .handwritten import TiedAttention
+from .handwritten import CachedAttention, TiedAttention
 from .measures import HAND_WRITTEN, LINEAR, MIB, both_modes, inputs
 from .memory import exponent, fresh_peak
 from .report import Row, of_pair
@@ -23,6 +24,7 @@ COUNTED = 0.10
 AS_WIDE = 1.1
 RECURSION = 0.03
 LINEAR_TIME = 1.15
+DECODE = 1.3
 
 STEPS = 4
 LINEAR_ENERGIES = ("squared_interaction", "gated_linear_attention")
@@ -151,7 +153,69 @@ def _times(layer: nn.Module, seqs: tuple[int, ...], settings: Settings) -> dict[
     return found
 
 
-SECTIONS = {"diagonal": diagonal, "recursion": recursion, "linear": linear}
+def decode(settings: Settings) -> Iterator[Row]:
+    """One more token, with the derived cache of the tied layer and with a cache of keys and values by hand."""
+    for dim, heads in settings.widths:
+        sized = replace(settings, dim=dim, heads=heads)
+        for context in settings.contexts:
+            yield from _decode(sized, context)
+
+
+def _decode(settings: Settings, context: int) -> Iterator[Row]:
+    where = {"device": settings.device, "dtype": settings.torch_dtype}
+    tied = interaction_layer(settings).to(**where)
+    untied = untied_twin(tied)
+    h, *_ = inputs(settings, context + 1)
+    before, new = h.split([context, 1], 1)
+    cache = tied.init_cache(settings.batch, context + 1)
+    untied.init_cache(settings.batch, context + 1)
+    with torch.no_grad():
+        tied(before, cache=cache)
+        untied(before)
+
+    def ours():
+        cache.crop(context)
+        tied(new, cache=cache)
+
+    def theirs():
+        untied.length = context
+        untied(new)
+
+    with torch.no_grad():
+        pair = interleave(theirs, ours, settings)
+    name = f"dim {settings.dim}, {settings.heads} heads, context {context}"
+    other, own = (f"{settings.batch / seconds:.0f}" for seconds in pair.medians)
+    row = of_pair(
+        "Tokens a second of tied attention with its derived cache / untied attention by hand",
+        name,
+        pair,
+        least=DECODE,
+    )
+    yield replace(row, medians=f"{own} / {other} tokens/s")
+    held = untied.keys.nbytes + untied.values.nbytes
+    shares = [
+        matrices * tied.Q.nbytes / (matrices * tied.Q.nbytes + size)
+        for matrices, size in ((3, cache.nbytes), (4, held))
+    ]
+    yield Row(
+        "Bytes of the derived cache / cache of keys and values",
+        name,
+        cache.nbytes / held,
+        least=0.5,
+        most=0.5,
+        medians=f"{cache.nbytes / MIB:.1f} / {held / MIB:.1f} MiB; matrices are"
+        f" {shares[0]:.1%} / {shares[1]:.1%} of the bytes that a token reads",
+        detail={"cache": [cache.nbytes, held], "matrices": shares},
+    )
+
+
+def untied_twin(layer: cem.EnergyLayer) -> CachedAttention:
+    """Untied attention of the same size, with keys for values and queries for the output at the start."""
+    Q, K = (tensor.detach().clone() for tensor in (layer.Q, layer.K))
+    return CachedAttention(Q, K, K.clone(), Q.clone(), layer.scalars["beta"])
+
+
+SECTIONS = {"diagonal": diagonal, "recursion": recursion, "linear": linear, "decode": decode}
 
 
 def main(argv: list[str] | None = None) -> dict | None:

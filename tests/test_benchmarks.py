@@ -130,17 +130,34 @@ def test_steps_by_hand_equal_the_derived_ones():
     torch.testing.assert_close(layer(h), written(h), rtol=1e-12, atol=1e-12)
 
 
+def test_a_cache_of_keys_and_values_by_hand():
+    """With keys for values and queries for the output it is tied attention, token after token."""
+    layer = interaction_layer(QUICK).double()
+    written, cache = space.untied_twin(layer), layer.init_cache(2, 9)
+    written.init_cache(2, 9)
+    h = torch.randn(2, 9, QUICK.dim, dtype=torch.float64)
+    whole = layer(h)
+    with torch.no_grad():
+        for first, last in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+            new = h[:, first:last]
+            for one in (written(new), layer(new, cache=cache)):
+                torch.testing.assert_close(one, whole[:, first:last], rtol=1e-12, atol=1e-12)
+    assert 2 * cache.nbytes == written.keys.nbytes + written.values.nbytes
+
+
 def test_a_bar_with_two_ends():
     row = report.Row("Speed", "one / other", 0.9, most=1.0, least=0.8)
     assert row.bar == "0.8 to 1x" and row.met
+    assert replace(row, least=1.0).bar == "= 1x" and replace(row, least=1.0).met is False
     assert replace(row, value=0.7).met is False and replace(row, value=1.1).met is False
 
 
 def test_the_points_of_the_design_space_run(tmp_path, capsys):
-    settings = replace(QUICK, sections=("diagonal", "recursion"), seconds=0.1)
+    settings = replace(QUICK, sections=("diagonal", "recursion", "decode"), seconds=0.1)
     run = layers.run(settings, sections=space.SECTIONS)
     rows = report.rows_of(json.loads(json.dumps(run)))
-    assert len(rows) == 2 + 2 * 3
+    assert len(rows) == 2 + 2 * 3 + 2
+    assert rows[-1].value == 0.5
     assert all(row.value > 0 and row.met is None for row in rows)
     assert "counted" in rows[0].what
 
