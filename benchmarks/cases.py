@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import cem
 from cem import energies
-from cem.energies import diagonal_plus_low_rank, gated, interaction
+from cem.energies import diagonal_plus_low_rank, gated, interaction, rotary_interaction
 
-from .handwritten import DiagonalAttention, TiedAttention, TiedGatedMLP
+from .handwritten import DiagonalAttention, RotaryAttention, TiedAttention, TiedGatedMLP
 from .settings import Settings
 
 
@@ -44,6 +44,11 @@ def diagonal_layer(settings: Settings, **options) -> cem.EnergyLayer:
     return layer
 
 
+def rotary_layer(settings: Settings, **options) -> cem.EnergyLayer:
+    sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+    return cem.derive(rotary_interaction, **sizes, **options)
+
+
 CASES = (
     Case(
         "interaction",
@@ -63,6 +68,14 @@ CASES = (
         gated_layer,
         lambda layer: TiedGatedMLP(layer.U, layer.G),
     ),
+)
+
+
+ROTARY = Case(
+    "rotary interaction",
+    "rotary tied attention",
+    rotary_layer,
+    lambda layer: RotaryAttention(layer.Q, layer.K, layer.scalars["beta"], 8192),
 )
 
 

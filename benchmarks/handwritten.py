@@ -32,6 +32,39 @@ class TiedAttention(nn.Module):
         return h
 
 
+class RotaryAttention(nn.Module):
+    """Tied attention whose queries and keys, which are the values, are turned; what it reads is turned back.
+
+    Q and K: (H, R, D), R even. Cosines and sines are made once, for positions below ``max_seq``.
+    """
+
+    def __init__(self, Q: nn.Parameter, K: nn.Parameter, beta: float, max_seq: int) -> None:
+        super().__init__()
+        self.Q, self.K, self.beta = Q, K, beta
+        R = Q.shape[1]
+        place = torch.arange(max_seq, device=Q.device, dtype=torch.float64)
+        rates = 10000.0 ** (-torch.arange(0, R, 2, device=Q.device, dtype=torch.float64) / R)
+        angle = place[:, None, None] * rates  # (T, 1, R / 2)
+        self.register_buffer("cos", angle.cos().to(Q.dtype))
+        self.register_buffer("sin", angle.sin().to(Q.dtype))
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, D = h.shape
+        H, R, _ = self.Q.shape
+        cos, sin = self.cos[:T], self.sin[:T]
+        q = turn(F.linear(h, self.Q.view(H * R, D)).view(B, T, H, R), cos, sin).transpose(1, 2)
+        k = turn(F.linear(h, self.K.view(H * R, D)).view(B, T, H, R), cos, sin).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=self.beta)
+        mixed = turn(mixed.transpose(1, 2), cos, -sin).reshape(B, T, H * R)
+        return h + mixed @ self.Q.view(H * R, D)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Coordinate n of (..., R) turned with coordinate n + R / 2."""
+    u, v = x.chunk(2, -1)
+    return torch.cat([u * cos - v * sin, v * cos + u * sin], -1)
+
+
 class DiagonalAttention(nn.Module):
     """Tied attention whose heads also compare one block of the state directly.
 

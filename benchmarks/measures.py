@@ -62,22 +62,27 @@ def speed(settings: Settings) -> Iterator[Row]:
     """Derived layers against hand-written ones, after a check that both compute the same."""
     title = "Time of the derived layer / hand-written layer"
     for case in CASES:
-        difference = largest_difference(case, settings)
-        if not difference < 1e-12:
-            what = f"`{case.name}` and its twin differ by {difference:.1e} in float64"
-            raise AssertionError(what)
-        torch.manual_seed(settings.seed)
-        layer = case.derive(settings).to(settings.device, settings.torch_dtype)
-        written = case.write(layer)
-        for seq in settings.seqs:
-            ours, theirs = _ready(settings, layer, written)
-            what = f"{case.name} / {case.twin}"
-            yield from both_modes(title, what, ours, theirs, seq, settings, HAND_WRITTEN)
+        yield from against_twin(title, case, settings.seqs, settings, HAND_WRITTEN)
     # The same module twice: how far from 1 the method itself strays on this machine.
     seq = settings.seqs[-1]
-    twin = copy.deepcopy(written)
-    sides = _ready(settings, written, twin)
+    case = CASES[-1]
+    written = case.write(case.derive(settings).to(settings.device, settings.torch_dtype))
+    sides = _ready(settings, written, copy.deepcopy(written))
     yield from both_modes(title, f"control: {case.twin} / itself", *sides, seq, settings)
+
+
+def against_twin(title, case, seqs, settings, most) -> Iterator[Row]:
+    difference = largest_difference(case, settings)
+    if not difference < 1e-12:
+        what = f"`{case.name}` and its twin differ by {difference:.1e} in float64"
+        raise AssertionError(what)
+    torch.manual_seed(settings.seed)
+    layer = case.derive(settings).to(settings.device, settings.torch_dtype)
+    written = case.write(layer)
+    for seq in seqs:
+        ours, theirs = _ready(settings, layer, written)
+        what = f"{case.name} / {case.twin}"
+        yield from both_modes(title, what, ours, theirs, seq, settings, most)
 
 
 def both_modes(title, what, ours, theirs, seq, settings, most=None) -> Iterator[Row]:

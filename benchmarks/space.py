@@ -12,9 +12,9 @@ from torch import nn
 import cem
 
 from . import counts, layers
-from .cases import backward, diagonal_layer, interaction_as, interaction_layer
+from .cases import ROTARY, backward, diagonal_layer, interaction_as, interaction_layer
 from .handwritten import CachedAttention, TiedAttention
-from .measures import HAND_WRITTEN, LINEAR, MIB, both_modes, inputs
+from .measures import HAND_WRITTEN, LINEAR, MIB, against_twin, both_modes, inputs
 from .memory import exponent, fresh_peak
 from .report import Row, of_pair
 from .settings import Settings
@@ -25,6 +25,7 @@ AS_WIDE = 1.1
 RECURSION = 0.03
 LINEAR_TIME = 1.15
 DECODE = 1.3
+ROTARY_TIME = 1.03
 
 STEPS = 4
 LINEAR_ENERGIES = ("squared_interaction", "gated_linear_attention")
@@ -84,6 +85,12 @@ def recursion(settings: Settings) -> Iterator[Row]:
 
 def _written(layer: cem.EnergyLayer, steps: int = 1) -> TiedAttention:
     return TiedAttention(layer.Q, layer.K, layer.scalars["beta"], steps)
+
+
+def rotary(settings: Settings) -> Iterator[Row]:
+    """Attention that turns queries and keys, and turns back what it reads, against the same by hand."""
+    title = "Time of the derived layer / hand-written layer"
+    yield from against_twin(title, ROTARY, (settings.space_seq,), settings, ROTARY_TIME)
 
 
 def linear(settings: Settings) -> Iterator[Row]:
@@ -215,7 +222,13 @@ def untied_twin(layer: cem.EnergyLayer) -> CachedAttention:
     return CachedAttention(Q, K, K.clone(), Q.clone(), layer.scalars["beta"])
 
 
-SECTIONS = {"diagonal": diagonal, "recursion": recursion, "linear": linear, "decode": decode}
+SECTIONS = {
+    "diagonal": diagonal,
+    "recursion": recursion,
+    "rotary": rotary,
+    "linear": linear,
+    "decode": decode,
+}
 
 
 def main(argv: list[str] | None = None) -> dict | None:

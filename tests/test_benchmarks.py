@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cold, counts, layers, memory, report, space
 from benchmarks.cases import (
     CASES,
+    ROTARY,
     AutogradOfEnergy,
     backward,
     diagonal_layer,
@@ -24,7 +25,7 @@ from benchmarks.timing import Pair, interleave
 QUICK = replace(Settings().quick(), rounds=2, least_rounds=2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, ROTARY], ids=lambda case: case.name)
 @pytest.mark.parametrize("beta", [None, 0.7])
 def test_hand_written_layers_equal_the_derived_ones(case, beta, device):
     """float64: the output, the gradient of the input and of every parameter."""
