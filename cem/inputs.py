@@ -189,12 +189,12 @@ class Reader:
             return None, None
         lead = h.shape[:-2]
         dtype = torch.promote_types(h.dtype, torch.float32)
+        own = self._own(positions, "positions", lead, T, h)
         if context_positions is None and context is None:
             context_positions = positions
         others = self._own(context_positions, "context_positions", lead, S, h)
         if others is None:
             others = torch.arange(S, device=h.device)[None]
-        own = self._own(positions, "positions", lead, T, h)
         if own is None:
             own = others[:, S - T :] if self.causal else torch.arange(T, device=h.device)[None]
         return own.to(dtype), others.to(dtype)

@@ -51,7 +51,7 @@ def visible_mask(
 
 def _same_document(ids: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
     """Whether token and context token are of one document, (B or 1, T, S)."""
-    fits = all(size in (1, full) for size, full in zip(ids.shape, lead, strict=False))
+    fits = all(size in (1, full) for size, full in zip(ids.shape[:-1], lead, strict=False))
     if ids.shape[-1:] != (S,) or ids.dim() not in (1, len(lead) + 1) or not fits or S < T:
         raise ValueError(
             f"layer `{name}`: `document_ids` must have shape {(S,)} or {(*lead, S)}: got {tuple(ids.shape)}"

@@ -18,8 +18,10 @@ from torch import Tensor
 import cem
 from cem.calculus.gradient import output_index
 from cem.language.evaluation import Evaluator
-from cem.language.symbols import LogSumExp, size_of
+from cem.language.positions import ContextPosition, Lookup, Rope, TokenPosition
+from cem.language.symbols import SEQ, LogSumExp, size_of
 from cem.language.tokens import Decay
+from cem.language.words import step
 
 TOLERANCE = 1e-12
 
@@ -45,6 +47,7 @@ class Dilogarithm(sympy.Function):
 
 
 ELEMENTARY: dict[type, Callable[[Expr], Expr]] = {
+    step: lambda z: sympy.Heaviside(z, 0),
     cem.relu: lambda z: sympy.Max(z, 0),
     cem.relu_antiderivative: lambda z: sympy.Max(z, 0) ** 2 / 2,
     cem.gelu: lambda z: z * _normal_cdf(z),
@@ -77,6 +80,19 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
         match node:
             case Idx():
                 return at[node]
+            case TokenPosition():
+                return Integer(sizes[SEQ] - 1)
+            case Indexed() if isinstance(node.base, ContextPosition):
+                return at[node.indices[0]]
+            case Rope():
+                return turned(node, at)
+            case Lookup():
+                body, idx, number = node.args
+                last = size_of(idx).xreplace(sizes) - 1
+                place = min(max(sympy.floor(visit(number, at)), Integer(0)), last)
+                return visit(body, {**at, idx: place})
+            case cem.only():
+                return Integer(0) if visit(node.args[0], at) > 0 else -sympy.oo
             case Indexed():
                 return values[str(node.base.name)][
                     tuple(int(visit(slot, at)) for slot in node.indices)
@@ -93,6 +109,19 @@ def written_out(expression: Expr, values: dict[str, np.ndarray], sizes: dict[Sym
                 return Integer(sizes[node]) if node in sizes else values[node.name].item()
         args = [visit(arg, at) for arg in node.args]
         return ELEMENTARY.get(node.func, node.func)(*args) if args else node
+
+    def turned(node: Rope, at: dict[Idx, Integer]) -> Expr:
+        size = int(size_of(node.index).xreplace(sizes))
+        place, count = int(at[node.index]), size * node.args[4] / 2
+        if place >= 2 * count:
+            return visit(node.body, at)
+        pair, second = divmod(place, 2) if node.interleaved else divmod(place, count)[::-1]
+        other = place + (1 - 2 * second) * (1 if node.interleaved else count)
+        angle = visit(node.position, at) * node.args[3] ** (-pair / count)
+        across = visit(node.body, {**at, node.index: Integer(other)})
+        return visit(node.body, at) * sympy.cos(angle) + (2 * second - 1) * across * sympy.sin(
+            angle
+        )
 
     def places(indices: list[Idx], at: dict[Idx, Integer]):
         ranges = [range(Integer(size_of(idx).xreplace(sizes))) for idx in indices]
@@ -139,6 +168,9 @@ def assert_gradient_matches_sympy(
 
         numbers = {name: torch.tensor(entry.astype(float)) for name, entry in values.items()}
         numbers[frozen] = numbers[state]
+        if energy.has_positions:
+            places = torch.arange(sizes["seq"], dtype=torch.float64)
+            numbers |= {"position": places[-1], "context_position": places}
         gradient = Evaluator(numbers, dims)(energy.gradient, (output_index(energy.width),))
         _assert_close(gradient, torch.tensor(expected, dtype=torch.float64), energy.name)
 

@@ -3,7 +3,9 @@
 if __name__ != "cem.energies":
     raise ImportError("this folder is a part of the package: type `import cem.energies`")
 
+from .alibi_interaction import alibi_interaction
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
+from .energy_transformer import energy_transformer
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
 from .gated_linear_attention import gated_linear_attention
 from .grouped_interaction import grouped_interaction
@@ -20,6 +22,13 @@ from .parallel_block import parallel_block
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
+from .relative_interaction import relative_interaction, relative_interaction_by
+from .rotary_interaction import rotary_interaction, rotary_interaction_by
+from .sink_interaction import sink_interaction
+from .sliding_window_interaction import (
+    sliding_window_interaction,
+    sliding_window_interaction_by,
+)
 from .soft_capped_interaction import soft_capped_interaction
 from .sparse_coding import sparse_coding
 from .sparsification import sparsification
@@ -43,11 +52,13 @@ from .two_sided_gated import (
 )
 
 __all__ = [
+    "alibi_interaction",
     "collaborative_interaction",
     "dense_interaction",
     "diagonal_interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
+    "energy_transformer",
     "gated",
     "gated_by",
     "gated_gelu",
@@ -73,6 +84,13 @@ __all__ = [
     "polynomial_memory",
     "polynomial_memory_by",
     "quadratic_well",
+    "relative_interaction",
+    "relative_interaction_by",
+    "rotary_interaction",
+    "rotary_interaction_by",
+    "sink_interaction",
+    "sliding_window_interaction",
+    "sliding_window_interaction_by",
     "soft_capped_interaction",
     "sparse_coding",
     "sparsification",

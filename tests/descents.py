@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from helpers import sizes_of
 from sympy import Rational, Sum
 
 import cem
@@ -20,7 +21,7 @@ from cem.language.words import WORDS
 from cem.testing.reference import values_of
 
 SIZES = {"dim": 4, "heads": 2, "rank": 3, "hidden": 5, "block": 2, "experts": 2, "features": 3}
-SIZES |= {"groups": 2, "per_group": 2, "far": 4}
+SIZES |= {"groups": 2, "per_group": 2, "far": 4, "buckets": 32}
 NAMED = {cem.Dim(name): size for name, size in SIZES.items()}
 GALLERY = [getattr(energies, name) for name in energies.__all__]
 GALLERY = [energy for energy in GALLERY if isinstance(energy, cem.Energy)]
@@ -153,26 +154,32 @@ class Trial:
         context = layer.norm(context).detach() if layer.context_dim == layer.dim else context
         worst = -math.inf
         for t in range(states.shape[1]):
-            visible = context[: len(context) - states.shape[1] + t + 1] if layer.causal else context
+            place = len(context) - states.shape[1] + t if layer.causal else t
+            visible = context[: place + 1] if layer.causal else context
             for step in range(layer.steps):
                 gate = states[step if layer.refresh == "step" else 0, t]
                 pair = states[step : step + 2, t]
-                (before, room), (after, more) = (self._energy(g, gate, visible) for g in pair)
+                (before, room), (after, more) = (
+                    self._energy(g, gate, visible, place) for g in pair
+                )
                 worst = max(worst, (after - before) / (room + more))
                 if not math.isfinite(worst):
                     return math.nan
         return worst
 
-    def _energy(self, g, gate, visible):
+    def _energy(self, g, gate, visible, place):
         """The energy of one token and what rounding may have done to it."""
         energy, layer = self.layer.energy_function, self.layer
         tensors = {"h": g, "hbar": gate, **values_of(layer)}
         tensors = {k: torch.as_tensor(z, dtype=torch.float64).detach() for k, z in tensors.items()}
         if energy.context is not None:
             tensors["x"] = visible
+        tensors["position"] = g.new_tensor(place)
+        tensors["context_position"] = torch.arange(len(visible)).to(g)
         evaluate = Evaluator(tensors, {**layer._sizes, SEQ: len(visible)})
         value = float(evaluate(energy.expression))
         sizes = [float(z.abs().max()) for z, _ in evaluate.memo.values() if z.numel()]
+        sizes = [size for size in sizes if size != math.inf]
         return value, 1e-12 * (1.0 + max(sizes))
 
 
@@ -253,10 +260,12 @@ class Trials(Energies):
         """A layer of an energy and inputs."""
         learned = self.random.random() < 0.3
         update = self.update(learned)
-        sizes = {str(size): SIZES[str(size)] for size in energy.dims}
+        sizes = sizes_of(energy, SIZES)
         scalars = {"gamma": self.random.gauss(0, 1), "beta": self.log_uniform(0.1, 10.0)}
         names = {scalar.name for scalar in energy.scalars}
         scalars = {name: value for name, value in scalars.items() if name in names}
+        held = {str(parameter.name) for parameter in energy.parameters}
+        free = [name for name in sorted(names) if f"log_{name}" not in held]
         layer = cem.derive(
             energy,
             causal=self.one_of(True, False),
@@ -266,12 +275,7 @@ class Trials(Energies):
             update=update,
             norm=self.norm(),
             preconditioner=self.preconditioner(),
-            learn=[
-                scalar.name
-                for scalar in energy.scalars
-                if f"log_{scalar.name}" not in map(str, energy.parameters)
-                and self.random.random() < 0.5
-            ],
+            learn=[name for name in free if self.random.random() < 0.5],
             dtype=torch.float64,
             **sizes,
             **scalars,

@@ -2,6 +2,7 @@
 
 import sympy
 import torch
+from helpers import sizes_of
 from sympy import Sum
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ SIZES = {
     "per_group": 3,
     "experts": 3,
     "features": 8,
+    "buckets": 32,
 }
 
 dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
@@ -97,6 +99,13 @@ i, j, a, r, b, s = (
     size.index(name) for size, name in zip((dim, dim, heads, rank, block, x), "ijarbs", strict=True)
 )
 beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+
+
+SCORE = Sum(
+    Sum(cem.parameter("Q", heads, rank, dim)[a, r, i] * h[i], i)
+    * Sum(cem.parameter("K", heads, rank, dim)[a, r, j] * x[s, j], j),
+    r,
+)
 
 
 def dense_twin():
@@ -221,6 +230,43 @@ def soft_capped_twin():
     return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
 
 
+def alibi_twin():
+    bias = cem.parameter("slope", heads)[a] * (cem.position(h) - cem.position(s))
+    return cem.Energy(-Sum(cem.logsumexp(beta * SCORE - bias, s), a) / beta)
+
+
+def sliding_window_twin():
+    @cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+    def sliding_window(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
+        score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+        return (
+            -torch.logsumexp(score + cem.only(position - context_position < 128), -1).sum() / beta
+        )
+
+    return sliding_window
+
+
+def sink_twin():
+    b, L = cem.parameter("b", heads)[a], cem.logsumexp(beta * SCORE, s)
+    return cem.Energy(-Sum(b + cem.softplus(L - b), a) / beta)
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", bias="heads buckets")
+def relative_twin(h, x, *, Q, K, bias, position, context_position, beta=rank**-0.5):
+    score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    score = score + cem.lookup(bias, cem.t5_bucket(position - context_position))
+    return -torch.logsumexp(score, -1).sum() / beta
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", xi="hidden dim")
+def energy_transformer_twin(h, x, *, Q, K, xi, position, context_position, beta=rank**-0.5):
+    score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
+    ahead = position - context_position
+    others = cem.only((ahead > 0) + (ahead < 0))
+    attention = -torch.logsumexp(score + others, -1).sum() / beta
+    return attention - 0.5 * torch.relu(xi @ h).square().sum()
+
+
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
     score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
@@ -248,6 +294,13 @@ def gated_linear_attention_twin():
     q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
     gate = -cem.softplus(-Sum(G[a, j] * x[s, j], j) - bias[a])
     return cem.Energy(-Sum(cem.decay(gate, s) * Sum(q * k, r) ** 2, a, s) / 2)
+
+
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+def rotary_twin(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
 
 
 TWINS = {
@@ -290,13 +343,19 @@ TWINS = {
     "sparsification": sparsification_twin(),
     "gated_linear_attention": gated_linear_attention_twin(),
     "squared_interaction": squared_interaction_twin(),
+    "rotary_interaction": rotary_twin,
+    "energy_transformer": energy_transformer_twin,
+    "sink_interaction": sink_twin(),
+    "relative_interaction": relative_twin,
+    "sliding_window_interaction": sliding_window_twin(),
+    "alibi_interaction": alibi_twin(),
 }
 
 
 def derive(energy, **options):
     """The layer at small odd sizes in float64, with every parameter drawn, and states for it."""
-    known = {"dim", *map(str, energy.dims)}
-    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes = sizes_of(energy, SIZES | {"block": SIZES["dim"] // SIZES["heads"]})
+    sizes["dim"] = SIZES["dim"]
     layer = cem.derive(energy, dtype=torch.float64, **sizes, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

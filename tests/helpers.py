@@ -6,10 +6,12 @@ Legend: B batch, T tokens, S context tokens, D dim. Sizes differ, so that a tran
 from dataclasses import dataclass
 
 import torch
-from sympy import Add, Sum, exp, log, tanh
+from sympy import Add, Ne, Sum, exp, log, sqrt, tanh
 
 import cem
 from cem import energies
+from cem.language.positions import Rope
+from cem.language.symbols import size_of
 from cem.testing import assert_close
 
 B, T, S, D = 2, 7, 9, 12
@@ -23,6 +25,8 @@ SIZES = {
     "per_group": 3,
     "experts": 4,
     "features": 8,
+    "buckets": 32,
+    "far": 4,
     "wide": 8,
     "low": 3,
     "other": 4,
@@ -81,6 +85,51 @@ level = cem.Energy(cem.silu(Sum(h[i], i)) * Sum(w[i] ** 2, i) - 2 * Sum(h[i], i)
 linear = cem.Energy(-Sum(w[i] * h[i], i), name="linear")
 spread = cem.Energy(log(Sum(exp(dot(U, m)), m)) ** 2 - exp(-Sum(h[i] ** 2, i) / 8), name="spread")
 
+t, t_s = cem.position(h), cem.position(s)
+groups, per_group, far = cem.dims("groups per_group far")
+g, o, n = groups.index("g"), per_group.index("o"), far.index("n")
+Qg, Kg = cem.parameter("Q", groups, per_group, rank, dim), cem.parameter("K", groups, rank, dim)
+sharpness = beta * exp(cem.parameter("log_beta", groups, per_group)[g, o])
+
+
+def rotated(query, key, **options):
+    """The score of a query and a key that are turned by their positions."""
+    return Sum(cem.rope(query, r, h, **options) * cem.rope(key, r, s, **options), r)
+
+
+def unit(vector):
+    return vector / sqrt(Sum(vector**2, r))
+
+
+grouped = rotated(Sum(Qg[g, o, r, i] * h[i], i), Sum(Kg[g, r, j] * x[s, j], j))
+window = cem.only((t - t_s < 3) | (t_s < 1))
+rope_grouped_window = cem.Energy(
+    -Sum(cem.logsumexp(sharpness * grouped + window, s) / sharpness, g, o),
+    name="rope_grouped_window",
+)
+rope_partial = cem.Energy(
+    lse(rotated(dot(Q, a, r), key(K, a, r), fraction=2 / 3, pairing="interleaved", base=50)),
+    name="rope_partial",
+)
+rope_normalised = cem.Energy(
+    lse(rotated(unit(dot(Q, a, r)), unit(key(K, a, r)))), name="rope_normalised"
+)
+rope_frequencies = cem.Energy(
+    lse(rotated(dot(Q, a, r), key(K, a, r), frequencies=(1.0, 0.3))), name="rope_frequencies"
+)
+slope, near = cem.parameter("slope", heads), cem.parameter("near", heads, far)
+alibi_lookup = cem.Energy(
+    -Sum(
+        cem.logsumexp(beta * SCORE - slope[a] * (t - t_s) + cem.lookup(near[a, n], n, t - t_s), s),
+        a,
+    )
+    / beta,
+    name="alibi_lookup",
+)
+self_excluded = cem.Energy(
+    -Sum(cem.logsumexp(beta * SCORE + cem.only(Ne(t, t_s)), s), a) / beta, name="self_excluded"
+)
+
 y = cem.context(other)
 Ky = cem.parameter("K", heads, rank, other)
 e = other.index("e")
@@ -116,6 +165,14 @@ def untranslatable_gate(h, *, U, G):
     return -0.5 * (torch.cumsum(torch.sigmoid(G @ h.detach()), 0) * (U @ h).square()).sum()
 
 
+def sizes_of(energy, sizes=SIZES):
+    """The sizes to derive an energy with; an axis that is turned has the next even one."""
+    found = {str(size): sizes[str(size)] for size in energy.dims}
+    ropes = () if energy.expression is None else energy.expression.atoms(Rope)
+    turned = {str(size_of(rope.index)) for rope in ropes}
+    return {name: size + (size % 2 if name in turned else 0) for name, size in found.items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """An energy of the catalogue and the kernels that its layer should be made of."""
@@ -134,7 +191,7 @@ class Case:
     @property
     def arguments(self):
         """The sizes to derive it with."""
-        return {str(size): SIZES[str(size)] for size in self.energy.dims}
+        return sizes_of(self.energy)
 
     def derive(self, **options):
         """A float64 layer in which no parameter is zero."""
@@ -200,6 +257,14 @@ ENERGIES = [
     Case(energies.soft_capped_interaction, DENSE),
     Case(energies.subspace_compression, SDPA),
     Case(energies.sparsification, ("matmul",)),
+    Case(energies.rotary_interaction, SDPA),
+    Case(energies.alibi_interaction, SDPA),
+    Case(energies.sliding_window_interaction, SDPA),
+    Case(energies.sliding_window_interaction_by(3), SDPA),
+    Case(energies.sliding_window_interaction_by(2, sinks=1), SDPA),
+    Case(energies.sink_interaction, ("einsum", *SDPA)),
+    Case(energies.relative_interaction, SDPA),
+    Case(energies.energy_transformer, SDPA),
     Case(energies.gated_linear_attention, ("linear_attention", "matmul")),
     Case(energies.squared_interaction, ("linear_attention", "matmul")),
     Case(biased, SDPA),
@@ -211,6 +276,12 @@ ENERGIES = [
     Case(narrow_context, SDPA),
     Case(frozen_attention, SDPA),
     Case(soft_capped, DENSE),
+    Case(rope_grouped_window, SDPA),
+    Case(rope_partial, SDPA),
+    Case(rope_normalised, (*DENSE, "sdpa")),
+    Case(rope_frequencies, SDPA),
+    Case(alibi_lookup, SDPA),
+    Case(self_excluded, SDPA),
     Case(mean, ("linear_attention", "matmul")),
     Case(forgetting, ("linear_attention", "matmul")),
     Case(squared, ("linear_attention", "matmul")),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from descents import GALLERY, Trials
-from helpers import SIZES, looped
+from helpers import looped, sizes_of
 from sympy import Sum
 from torch import nn
 
@@ -17,8 +17,7 @@ from cem.certificate import certify
 
 
 def derive(energy, **options):
-    sizes = {str(size): SIZES[str(size)] for size in energy.dims}
-    return cem.derive(energy, **{"dtype": torch.float64, **sizes, **options})
+    return cem.derive(energy, **{"dtype": torch.float64, **sizes_of(energy), **options})
 
 
 dim = cem.dims("dim")
@@ -29,11 +28,13 @@ square = cem.Energy(Sum(h[i] ** 2, i) / 2, name="square")
 # -- the gallery ----------------------------------------------------------------------------------
 
 VERDICTS = {
+    "alibi_interaction": "any step size",
     "collaborative_interaction": "any step size",
     "dense_interaction": "any step size",
     "diagonal_interaction": "any step size",
     "diagonal_plus_low_rank": "any step size",
     "diagonal_plus_low_rank_full": "any step size",
+    "energy_transformer": "any step size",
     "gated_gelu": "bounded step size",
     "gated_linear_attention": "any step size",
     "gated_relu": "any step size",
@@ -52,6 +53,10 @@ VERDICTS = {
     "plain_softplus": "any step size",
     "polynomial_memory_3": "any step size",
     "quadratic_well": "bounded step size",
+    "relative_interaction": "any step size",
+    "rotary_interaction": "any step size",
+    "sliding_window_interaction": "any step size",
+    "sink_interaction": "any step size",
     "soft_capped_interaction": "measured only",
     "sparse_coding": "bounded step size",
     "sparsification": "bounded step size",

@@ -3,6 +3,8 @@
 Legend: T tokens, D dim, H heads, R rank.
 """
 
+import math
+
 import pytest
 import torch
 from gallery import GALLERY, derive
@@ -180,3 +182,107 @@ def test_the_squared_interaction_knows_its_past_by_one_matrix_a_head():
     past = torch.einsum("atr,atq->atrq", k, k).cumsum(1)
     force = torch.einsum("atrq,atq->atr", past, h @ layer.Q.mT) @ layer.Q
     torch.testing.assert_close(layer(h), h + force.sum(0), rtol=1e-12, atol=1e-12)
+
+
+def turned(z, angles):
+    """Pairs (n, n + R/2) of (..., T, R) turned by the angles (T, R/2), by matrices of two by two."""
+    cos, sin = angles.cos(), angles.sin()
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+    pairs = torch.stack(z.chunk(2, -1), -1)  # (..., T, R/2, 2)
+    return torch.cat((turn @ pairs.unsqueeze(-1)).squeeze(-1).unbind(-1), -1)
+
+
+@pytest.mark.parametrize("base", [10000.0, 50.0])
+def test_the_layer_of_rotary_positions_turns_values_and_turns_their_mean_back(base):
+    layer, h = derive(energies.rotary_interaction_by(base))
+    R = layer.Q.shape[1]
+    frequencies = base ** (-2 * torch.arange(R // 2, dtype=h.dtype) / R)
+    angles = torch.arange(len(h), dtype=h.dtype)[:, None] * frequencies
+    q, k = turned(h @ layer.Q.mT, angles), turned(h @ layer.K.mT, angles)  # (H, T, R)
+    mean = turned(causal_softmax(layer.scalars["beta"] * q @ k.mT) @ k, -angles)
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_the_layer_of_linear_biases():
+    layer, h = derive(energies.alibi_interaction)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    t = torch.arange(len(h), dtype=h.dtype)
+    bias = layer.slope[:, None, None] * (t[:, None] - t)
+    mean = causal_softmax(layer.scalars["beta"] * q @ k.mT - bias) @ k
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_linear_biases_are_columns_of_the_keys():
+    """No tensor of all pairs of tokens is made: the program knows no position of a token that looks."""
+    code = derive(energies.alibi_interaction)[0].code
+    assert "exact_parts(context_position" in code
+    assert "attn_mask=visible, is_causal=causal" in code
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 0), (2, 2), (9, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sliding_window_is_a_mask(window, sinks, causal):
+    layer, h = derive(energies.sliding_window_interaction_by(window, sinks), causal=causal)
+    plain, _ = derive(energies.interaction, causal=causal)
+    plain.load_state_dict(layer.state_dict())
+    t = torch.arange(len(h))
+    seen = (t[:, None] - t < window) | (t < sinks)
+    torch.testing.assert_close(layer(h), plain(h, visible=seen), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (4, -1)])
+def test_a_window_holds_a_token(window, sinks):
+    with pytest.raises(
+        ValueError, match=f"a window of 1 token or more .*{window} and {sinks}; type"
+    ):
+        energies.sliding_window_interaction_by(window, sinks)
+
+
+def test_the_layer_of_a_sink_is_that_of_a_token_with_nothing_in_it():
+    """One more column of scores, and a value of zero."""
+    layer, h = derive(energies.sink_interaction)
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    scores = layer.scalars["beta"] * q @ k.mT
+    past = torch.ones_like(scores, dtype=torch.bool).tril()
+    scores = scores.masked_fill(~past, -torch.inf)
+    sink = layer.b[:, None, None].expand(-1, len(h), 1)
+    mean = torch.cat((sink, scores), -1).softmax(-1)[..., 1:] @ k
+    torch.testing.assert_close(layer(h), h + (mean @ layer.Q).sum(0), rtol=1e-12, atol=1e-12)
+    energy = -torch.cat((sink, scores), -1).logsumexp(-1).sum(0) / layer.scalars["beta"]
+    torch.testing.assert_close(layer.energy(h), energy, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_sink_it_is_the_interaction_energy():
+    layer, h = derive(energies.sink_interaction)
+    torch.nn.init.constant_(layer.b, -1e3)
+    plain, _ = derive(energies.interaction)
+    plain.load_state_dict({"Q": layer.Q, "K": layer.K})
+    torch.testing.assert_close(layer(h), plain(h), rtol=1e-12, atol=1e-12)
+
+
+def t5_decoder_bucket(distance, buckets=32, furthest=128):
+    """The bucket of one distance, after the code of the paper (mesh_tensorflow, bidirectional=False)."""
+    distance, near = max(distance, 0), buckets // 2
+    if distance < near:
+        return distance
+    share = math.log(distance / near) / math.log(furthest / near)
+    return min(near + int(share * (buckets - near)), buckets - 1)
+
+
+@pytest.mark.parametrize(("count", "furthest"), [(32, 128), (8, 20)])
+def test_the_layer_of_a_bias_by_distance(count, furthest):
+    """Beyond the furthest distance too, and for tokens ahead."""
+    energy = energies.relative_interaction_by(count, furthest)
+    sizes = {"dim": 12, "heads": 2, "rank": 5, "buckets": count}
+    layer = cem.derive(energy, causal=False, dtype=torch.float64, **sizes)
+    h = torch.randn(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([0, 1, 2, 7, 15, 16, 40, 127, 300])
+    bucket = [
+        [t5_decoder_bucket(t - s, count, furthest) for s in places.tolist()]
+        for t in places.tolist()
+    ]
+    q, k = h @ layer.Q.mT, h @ layer.K.mT  # (H, T, R)
+    scores = layer.scalars["beta"] * q @ k.mT + layer.bias[:, torch.tensor(bucket)]
+    expected = h + (scores.softmax(-1) @ k @ layer.Q).sum(0)
+    found = layer(h, positions=places)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

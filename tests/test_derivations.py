@@ -26,6 +26,8 @@ PAGES = (
     "ista",
     "recursion",
     "preconditioned_step",
+    "rotary_attention",
+    "energy_transformer",
 )
 CONCRETE = {
     "dim": 3,
@@ -38,6 +40,7 @@ CONCRETE = {
     "per_group": 2,
     "experts": 2,
     "features": 2,
+    "buckets": 32,
 }
 THEOREMS = ("certificate",)
 
@@ -145,6 +148,12 @@ def test_page_runs_by_its_dotted_name():
                 "preconditioner.V": (13, 4),
             },
             {"matmul", "sdpa"},
+        ),
+        ("rotary_attention", {"Q": (3, 6, 13), "K": (3, 6, 13)}, {"matmul", "sdpa"}),
+        (
+            "energy_transformer",
+            {"Q": (3, 5, 13), "K": (3, 5, 13), "xi": (17, 13)},
+            {"matmul", "sdpa", "transposed_sdpa"},
         ),
     ],
 )

@@ -56,6 +56,12 @@ CONCAVE = {
     "interaction",
     "diagonal_plus_low_rank",
     "diagonal_plus_low_rank_full",
+    "rotary_interaction",
+    "energy_transformer",
+    "sink_interaction",
+    "relative_interaction",
+    "sliding_window_interaction",
+    "alibi_interaction",
     "gated_relu",
     "gated_sigmoid",
     "plain",
@@ -84,16 +90,17 @@ def test_less_a_parabola_it_is_concave(name):
 # -- layers --------------------------------------------------------------------------------------
 
 
-def force(layer, h, x):
-    """-dE/dh of one token, by autograd of the energy itself."""
+def force(layer, h, x, t):
+    """-dE/dh of the token at position t, by autograd of the energy itself."""
     energy, values = layer.energy_function, dict(layer.named_parameters())
     h = h.clone().requires_grad_()
     inputs = (h,) if energy.context is None else (h, x)
     if energy.function is not None:  # the torch code, not what the toolkit reads from it
-        scalars = {name: value for name, value in layer.scalars.items()}
-        value = energy.function(*inputs, **values, **scalars)
+        if energy.asks_positions:
+            values |= {"position": torch.tensor(t), "context_position": torch.arange(len(x))}
+        value = energy.function(*inputs, **values, **layer.scalars)
     else:
-        value = energy(*inputs, **values, frozen=h.detach())
+        value = energy(*inputs, **values, frozen=h.detach(), position=t)
     return -torch.autograd.grad(value, h)[0]
 
 
@@ -102,7 +109,7 @@ def force(layer, h, x):
 def test_layer_is_the_gradient_step(name, causal):
     layer, h = derive(GALLERY[name], causal=causal)
     expected = torch.stack(
-        [h[t] + force(layer, h[t], h[: t + 1] if causal else h) for t in range(len(h))]
+        [h[t] + force(layer, h[t], h[: t + 1] if causal else h, t) for t in range(len(h))]
     )
     torch.testing.assert_close(layer(h), expected, rtol=1e-12, atol=1e-12)
 

@@ -13,6 +13,7 @@ from cem import energies
 from cem.calculus.gradient import output_index
 from cem.energy import Energy
 from cem.language.canonical import canonical, free_indices
+from cem.language.positions import Rope
 from cem.language.symbols import SEQ, LogSumExp, size_of
 from cem.testing import assert_close, check_energy, checks, relative_error
 
@@ -33,6 +34,8 @@ def test_four_derivative_checks(case):
 def test_gradcheck_of_every_entry(case):
     """The slow mode of gradcheck, on a sequence of two tokens and the smallest sizes."""
     sizes = {name: 2 for name in case.arguments}
+    if case.energy.expression.has(Rope):  # a part of it turns
+        sizes["rank"] = case.arguments["rank"]
     layer = cem.derive(case.energy, dtype=torch.float64, **sizes)
     names = [name for name, _ in layer.named_parameters()]
     width = 2 if not case.has_context else layer.context_dim
@@ -66,8 +69,9 @@ def test_a_small_step_lowers_the_energy(case):
         inputs.setdefault("context", h)
     fixed = {"frozen": h, **inputs}
     with torch.no_grad():
-        drop = layer.energy(h, **fixed) - layer.energy(layer(h, **inputs), **fixed)
-    assert (drop > 0).all()
+        after = layer(h, **inputs)
+        drop = layer.energy(h, **fixed) - layer.energy(after, **fixed)
+    assert ((drop > 0) | (after == h).all(-1)).all() and (drop > 0).any(-1).all()
 
 
 @pytest.mark.parametrize("step_size", [0.1, 1.0, 10.0])

@@ -48,16 +48,50 @@ def test_a_joint_step_with_a_norm():
     assert_same(gradients(layer, layer, case.inputs()), truth, 1e-11)
 
 
-def test_the_update_of_energy_transformer():
-    """Equation 5 of arXiv:2302.07253, written out token by token."""
-    case = Case(energies.interaction, ())
-    layer = case.derive(causal=False, joint=True, beta=0.7)
+def published_energy(g, Q, K, xi, beta):
+    """The energy of a block of Energy Transformer at normed tokens (N, D), token by token: equations 4 and 7."""
+    total = 0.0
+    for C in range(len(g)):
+        for Q_h, K_h in zip(Q, K, strict=True):
+            others = [beta * (K_h @ g[B]) @ (Q_h @ g[C]) for B in range(len(g)) if B != C]
+            total = total - torch.logsumexp(torch.stack(others), 0) / beta
+        total = total - torch.relu(xi @ g[C]).square().sum() / 2
+    return total
+
+
+def published_update(g, Q, K, xi, beta):
+    """-dE/dg of that energy, (N, D): the two terms of equation 6 and the memory."""
+    q, k = g @ Q.mT, g @ K.mT  # (H, N, R)
+    scores = beta * q @ k.mT
+    p = scores.masked_fill(torch.eye(len(g), dtype=torch.bool), -torch.inf).softmax(-1)
+    looks, looked_at = (p @ k @ Q).sum(0), (p.mT @ q @ K).sum(0)
+    return looks + looked_at + torch.relu(g @ xi.mT) @ xi
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_update_of_energy_transformer(steps):
+    """arXiv:2302.07253 by hand, LayerNorm and all: x <- x - alpha dE/dg, g = gamma LayerNorm(x) + delta."""
+    (case,) = (case for case in JOINT if case.energy == energies.energy_transformer)
+    norm = torch.nn.LayerNorm(12, dtype=torch.float64)
+    torch.nn.init.constant_(norm.weight, 1.3)
+    torch.nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(0))
+    update = cem.GradientDescent(0.1)
+    options = {"causal": False, "joint": True, "norm": norm, "update": update, "beta": 0.7}
+    layer = case.derive(steps=steps, **options)
+    parameters = (layer.Q, layer.K, layer.xi)
     (h,) = case.inputs().values()
-    q, k = (torch.einsum("ard,btd->batr", w, h) for w in (layer.Q, layer.K))
-    p = torch.softmax(0.7 * q @ k.mT, -1)
-    force = torch.einsum("bats,basr,ard->btd", p, k, layer.Q)
-    force = force + torch.einsum("bats,batr,ard->bsd", p, q, layer.K)
-    assert_close(layer(h), h + force, 1e-12)
+    for tokens, found in zip(h, layer(h), strict=True):
+        x = tokens
+        for _ in range(steps):
+            g = 1.3 * (x - x.mean(-1, keepdim=True))
+            g = g / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt() + norm.bias
+            x = x + 0.1 * published_update(g, *parameters, 0.7)
+        assert_close(found, x, 1e-12)
+    g = norm(h[0]).detach().requires_grad_()
+    energy = published_energy(g, *parameters, 0.7)
+    (slope,) = torch.autograd.grad(energy, g)
+    assert_close(published_update(g, *parameters, 0.7), -slope, 1e-12)
+    assert_close(layer.energy(h[0]).sum(), energy, 1e-12)
 
 
 def test_a_joint_step_lowers_the_sum_of_the_energies():

@@ -218,26 +218,37 @@ class Lookup(Expr):
         return rf"\left[{body}\right]_{{{idx} = {number}}}"
 
 
-def lookup(body: Expr, index: Idx, number: Expr) -> Expr:
-    """An expression of an index at the index's value ``number``, rounded down and kept inside the axis.
+def lookup(value, *where):
+    """An array read at a whole number, rounded down and kept inside the axis.
 
     A learned bias by distance is ``lookup(bias[a, n], n, position(h) - position(s))``.
+
+    Args:
+        value: in the symbolic pen ``lookup(expression, index, number)``: the index that the number
+            stands for. In the torch pen ``lookup(tensor, number)``: the last axis is read.
 
     >>> import cem
     >>> dim, far = cem.dims("dim far")
     >>> h, x, bias, n = cem.state(dim), cem.context(dim), cem.parameter("bias", far), far.index("n")
     >>> lookup(bias[n], n, cem.position(h) - cem.position(x.index("s")))
     lookup(bias[n], n, position - context_position[s])
+    >>> lookup(torch.tensor([0.5, 0.25]), torch.tensor([-3.0, 0.0, 1.5, 9.0])).tolist()
+    [0.5, 0.5, 0.25, 0.25]
     """
+    if isinstance(value, torch.fx.Proxy):
+        return value.tracer.create_proxy("call_function", lookup, (value, *where), {})
+    if isinstance(value, Tensor):
+        return value[..., where[0].floor().long().clamp(0, value.shape[-1] - 1)]
+    index, number = where
     if not isinstance(index, Idx):
         raise TypeError(
             f"`lookup` reads along an index: got {index!r} of type {type(index).__name__}; make one with"
             ' `far.index("n")`'
         )
-    return Lookup(as_expression(body), index, as_expression(number))
+    return Lookup(as_expression(value), index, as_expression(number))
 
 
-def t5_bucket(distance: Expr, *, buckets: int = 32, furthest: int = 128) -> Expr:
+def t5_bucket(distance, *, buckets: int = 32, furthest: int = 128):
     """The bucket of a distance to the past, for a learned relative bias: exact near, logarithmic far.
 
     Half of the buckets hold the distances 0, 1, 2, ...; the rest grow by equal factors up to
@@ -249,7 +260,8 @@ def t5_bucket(distance: Expr, *, buckets: int = 32, furthest: int = 128) -> Expr
     """
     near = buckets // 2
     behind = relu(distance)
-    log_far = log(1 + relu(behind / near - 1)) / math.log(furthest / near)
+    log_of = torch.log if isinstance(distance, Tensor | torch.fx.Proxy) else log
+    log_far = log_of(1 + relu(behind / near - 1)) / math.log(furthest / near)
     far = near + floor(log_far * (buckets - near))
     last = buckets - 1
     capped = last - relu(last - far)

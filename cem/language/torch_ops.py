@@ -16,7 +16,7 @@ from . import torch_products as products
 from . import torch_reductions as reductions
 from . import torch_shapes as shapes
 from . import words
-from .positions import rope
+from .positions import lookup, rope
 from .tokens import decay
 from .torch_tensor import Untranslatable, elementwise, lift
 
@@ -202,6 +202,8 @@ def call(target: str | Callable, arguments: tuple, options: dict):
         return reductions.decayed(*arguments)
     if target is rope:
         return pointwise.turned(*arguments, **options)
+    if target is lookup:
+        return pointwise.looked_up(*arguments)
     if arguments and callable(target) and all(isinstance(one, int | float) for one in arguments):
         return target(*arguments, **options)
     spelled = target if isinstance(target, str) else target.__name__

@@ -9,7 +9,7 @@ import sympy
 from sympy import Abs, Expr, Integer, exp, log, sqrt
 
 from . import words
-from .positions import rope
+from .positions import lookup, rope
 from .torch_tensor import Untranslatable, Value, elementwise, is_size, lift
 
 ELEMENTWISE: dict[str, Callable[[Expr], Expr]] = {
@@ -174,6 +174,18 @@ def turned(input, position, **options) -> Value:
     where = Value(where.expression, (*where.axes, ()))
     (idx,) = input.axes[-1]
     return elementwise(lambda body, token: rope(body, idx, token, **options), input, where)
+
+
+def looked_up(input, number) -> Value:
+    """The last axis of a tensor read at numbers, whose axes take its place."""
+    where = lift(number)
+    if not input.axes or len(input.axes[-1]) != 1:
+        raise Untranslatable(
+            "`lookup` reads the last axis of a tensor, one named size: flatten it later"
+        )
+    (idx,) = input.axes[-1]
+    found = lookup(input.expression, idx, where.expression)
+    return Value(found, (*input.axes[:-1], *where.axes))
 
 
 def compare(input, other, *, same: bool):
