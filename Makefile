@@ -50,6 +50,9 @@ test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs
 bench: $(VENV)/.package  ## time the derived layers against hand-written ones; ARGS='--out FILE.json'
 	$(BIN)/python -m benchmarks.layers $(ARGS)
 
+bench-space: $(VENV)/.package  ## time diagonals, recursion, linear attention and decoding
+	$(BIN)/python -m benchmarks.space $(ARGS)
+
 bench-gpu: $(GPU_BENCH)  ## the same on a GPU in float32, in bfloat16 and compiled, each to its own result file
 	$(GPU_PYTHON) -m benchmarks.layers --device cuda --out $(RESULTS)/cuda.json $(ARGS)
 	$(GPU_PYTHON) -m benchmarks.layers --device cuda --dtype bfloat16 --out $(RESULTS)/cuda-bfloat16.json $(ARGS)
@@ -62,4 +65,4 @@ lint: $(VENV)/.dev  ## set up and run the static checks
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 
-.PHONY: help demo test test-long test-gpu bench bench-gpu lint clean
+.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu lint clean

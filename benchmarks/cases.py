@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import cem
-from cem.energies import diagonal_plus_low_rank, gated, interaction
+from cem import energies
+from cem.energies import diagonal_plus_low_rank, gated, interaction, rotary_interaction
 
-from .handwritten import DiagonalAttention, TiedAttention, TiedGatedMLP
+from .handwritten import DiagonalAttention, RotaryAttention, TiedAttention, TiedGatedMLP
 from .settings import Settings
 
 
@@ -43,6 +44,11 @@ def diagonal_layer(settings: Settings, **options) -> cem.EnergyLayer:
     return layer
 
 
+def rotary_layer(settings: Settings, **options) -> cem.EnergyLayer:
+    sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+    return cem.derive(rotary_interaction, **sizes, **options)
+
+
 CASES = (
     Case(
         "interaction",
@@ -62,6 +68,14 @@ CASES = (
         gated_layer,
         lambda layer: TiedGatedMLP(layer.U, layer.G),
     ),
+)
+
+
+ROTARY = Case(
+    "rotary interaction",
+    "rotary tied attention",
+    rotary_layer,
+    lambda layer: RotaryAttention(layer.Q, layer.K, layer.scalars["beta"], 8192),
 )
 
 
@@ -86,7 +100,13 @@ class AutogradOfEnergy(nn.Module):
 
 
 def interaction_as(kind: str, settings: Settings) -> nn.Module:
-    """The interaction layer: in closed form, as autograd of all tokens, or of one, mapped."""
+    """The interaction layer: in closed form, as autograd of all tokens, or of one, mapped.
+
+    Another kind is the name of an energy of the gallery with the same sizes, in closed form.
+    """
+    if kind in energies.__all__:
+        sizes = {"dim": settings.dim, "heads": settings.heads, "rank": settings.rank}
+        return cem.derive(getattr(energies, kind), lowering="fused", **sizes)
     if kind == "vmap":
         return interaction_layer(settings, lowering="autograd")
     layer = interaction_layer(settings, lowering="fused")

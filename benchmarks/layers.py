@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,21 +16,23 @@ from .measures import SECTIONS
 from .settings import Settings
 
 
-def run(settings: Settings, command: str = "", quiet: bool = False) -> dict:
+def run(
+    settings: Settings, command: str = "", quiet: bool = False, sections: Mapping = SECTIONS
+) -> dict:
     """Measure the sections that are asked for; returns everything about the run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        rows = _rows(settings, quiet)
+        rows = _rows(settings, quiet, sections)
     finally:
         torch.set_num_threads(threads)
     return report.as_dict(rows, settings, command)
 
 
-def _rows(settings: Settings, quiet: bool) -> list[report.Row]:
+def _rows(settings: Settings, quiet: bool, sections: Mapping) -> list[report.Row]:
     rows: list[report.Row] = []
     for section in settings.sections:
-        for row in SECTIONS[section](settings):
+        for row in sections[section](settings):
             row = row if settings.bars else replace(row, most=None, least=None)
             rows.append(row)
             if not quiet:
@@ -38,8 +41,8 @@ def _rows(settings: Settings, quiet: bool) -> list[report.Row]:
     return rows
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
+def arguments(argv: list[str] | None, program: str, sections: Mapping) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--compile", action="store_true", help="compile both sides")
@@ -48,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=704, help="hidden size of the gated MLP")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each comparison")
-    parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), default=tuple(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=tuple(sections), default=tuple(sections))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", type=Path, nargs="+", default=(), help="FILE.json or FILE.md")
     told = "put the tables of benchmarks/results into benchmarks/README.md"
@@ -56,8 +59,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> dict | None:
-    asked = arguments(argv)
+def main(
+    argv: list[str] | None = None, program: str = "benchmarks.layers", sections: Mapping = SECTIONS
+) -> dict | None:
+    asked = arguments(argv, program, sections)
     if asked.readme and not asked.out:
         print(f"{report.readme()} run(s) in {report.README.relative_to(report.ROOT)}")
         return None
@@ -75,8 +80,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         settings = settings.quick()
     settings = replace(settings, sections=tuple(asked.only))
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "benchmarks.layers", *words])
-    found = run(settings, command)
+    command = shlex.join(["python", "-m", program, *words])
+    found = run(settings, command, sections=sections)
     print(report.heading(found), report.text(report.rows_of(found)), sep="\n\n")
     for path in asked.out:
         report.save(found, path)

@@ -35,7 +35,7 @@ DERIVE_MS, IMPORT_S = 50.0, 0.3
 MIB = 2**20
 
 
-def _inputs(settings: Settings, seq: int):
+def inputs(settings: Settings, seq: int):
     torch.manual_seed(settings.seed)
     kind = {"device": settings.device, "dtype": settings.torch_dtype}
     h = torch.randn(settings.batch, seq, settings.dim, **kind)
@@ -62,26 +62,31 @@ def speed(settings: Settings) -> Iterator[Row]:
     """Derived layers against hand-written ones, after a check that both compute the same."""
     title = "Time of the derived layer / hand-written layer"
     for case in CASES:
-        difference = largest_difference(case, settings)
-        if not difference < 1e-12:
-            what = f"`{case.name}` and its twin differ by {difference:.1e} in float64"
-            raise AssertionError(what)
-        torch.manual_seed(settings.seed)
-        layer = case.derive(settings).to(settings.device, settings.torch_dtype)
-        written = case.write(layer)
-        for seq in settings.seqs:
-            ours, theirs = _ready(settings, layer, written)
-            what = f"{case.name} / {case.twin}"
-            yield from _both_modes(title, what, ours, theirs, seq, settings, HAND_WRITTEN)
+        yield from against_twin(title, case, settings.seqs, settings, HAND_WRITTEN)
     # The same module twice: how far from 1 the method itself strays on this machine.
     seq = settings.seqs[-1]
-    twin = copy.deepcopy(written)
-    sides = _ready(settings, written, twin)
-    yield from _both_modes(title, f"control: {case.twin} / itself", *sides, seq, settings)
+    case = CASES[-1]
+    written = case.write(case.derive(settings).to(settings.device, settings.torch_dtype))
+    sides = _ready(settings, written, copy.deepcopy(written))
+    yield from both_modes(title, f"control: {case.twin} / itself", *sides, seq, settings)
 
 
-def _both_modes(title, what, ours, theirs, seq, settings, most=None) -> Iterator[Row]:
-    h, moving, weights = _inputs(settings, seq)
+def against_twin(title, case, seqs, settings, most) -> Iterator[Row]:
+    difference = largest_difference(case, settings)
+    if not difference < 1e-12:
+        what = f"`{case.name}` and its twin differ by {difference:.1e} in float64"
+        raise AssertionError(what)
+    torch.manual_seed(settings.seed)
+    layer = case.derive(settings).to(settings.device, settings.torch_dtype)
+    written = case.write(layer)
+    for seq in seqs:
+        ours, theirs = _ready(settings, layer, written)
+        what = f"{case.name} / {case.twin}"
+        yield from both_modes(title, what, ours, theirs, seq, settings, most)
+
+
+def both_modes(title, what, ours, theirs, seq, settings, most=None) -> Iterator[Row]:
+    h, moving, weights = inputs(settings, seq)
     pair = interleave(_without_gradients(ours, h), _without_gradients(theirs, h), settings)
     yield of_pair(title, f"{what}, T={seq}, forward", pair, most=most)
     pair = interleave(
@@ -103,7 +108,7 @@ def autograd(settings: Settings) -> Iterator[Row]:
         for mine, other in zip(fused.parameters(), reference.parameters(), strict=True):
             other.data.copy_(mine.data)
         for seq in seqs:
-            forward, training = _both_modes(title, name, reference, fused, seq, settings)
+            forward, training = both_modes(title, name, reference, fused, seq, settings)
             yield from (forward, replace(training, least=bar if seq == seqs[-1] else None))
 
 
@@ -145,7 +150,7 @@ def trace(settings: Settings) -> Iterator[Row]:
     for name, model in models.items():
         model = model.to(settings.device, settings.torch_dtype)
         for seq in settings.trace_seqs:
-            h, _, _ = _inputs(settings, seq)
+            h, _, _ = inputs(settings, seq)
             plain = _without_gradients(model, h)
 
             def before(model=model, h=h):

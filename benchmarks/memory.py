@@ -73,12 +73,12 @@ def fresh_peak(kind: str, seq: int, settings: Settings) -> int:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"peak memory of {kind} at T = {seq}: {done.stderr[-2000:]}")
-    return int(done.stdout)
+    return max(1, int(done.stdout))
 
 
 def exponent(points: dict[int, float]) -> float:
     """The slope of log(value) against log(T) by least squares."""
-    pairs = [(math.log(seq), math.log(max(value, 1))) for seq, value in points.items()]
+    pairs = [(math.log(seq), math.log(value)) for seq, value in points.items()]
     x, y = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return sum((a - x) * (b - y) for a, b in pairs) / sum((a - x) ** 2 for a, _ in pairs)
 

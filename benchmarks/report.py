@@ -32,7 +32,7 @@ class Row:
         what: what was measured.
         value: the figure that is compared with the bar.
         unit: ``"x"`` for a ratio, ``"ms"``, ``"s"`` or ``""``.
-        most, least: the bar; neither for a figure without one.
+        most, least: the bar; both for a figure that must lie between, neither for one without a bar.
         spread, ratio_of_medians, cpu, medians: as text, for the table.
         detail: everything behind the figure.
     """
@@ -51,6 +51,10 @@ class Row:
 
     @property
     def bar(self) -> str:
+        if self.most is not None and self.most == self.least:
+            return f"= {self.most:g}{self._suffix}"
+        if self.most is not None and self.least is not None:
+            return f"{self.least:.4g} to {self.most:.4g}{self._suffix}"
         if self.most is not None:
             return f"<= {self.most:g}{self._suffix}"
         return f">= {self.least:g}{self._suffix}" if self.least is not None else ""
@@ -58,9 +62,10 @@ class Row:
     @property
     def met(self) -> bool | None:
         """Whether the bar is met; None without a bar."""
-        if self.most is not None:
-            return self.value <= self.most
-        return None if self.least is None else self.value >= self.least
+        if self.most is None and self.least is None:
+            return None
+        above = self.least is None or self.value >= self.least
+        return above and (self.most is None or self.value <= self.most)
 
     @property
     def _suffix(self) -> str:
@@ -88,7 +93,13 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def of_pair(section: str, what: str, pair: Pair, most: float | None = None) -> Row:
+def of_pair(
+    section: str,
+    what: str,
+    pair: Pair,
+    most: float | None = None,
+    least: float | None = None,
+) -> Row:
     """A row for the median of the ratios of the rounds."""
     low, high = pair.quartiles
     first, second = pair.medians
@@ -97,6 +108,7 @@ def of_pair(section: str, what: str, pair: Pair, most: float | None = None) -> R
         what,
         pair.median_ratio,
         most=most,
+        least=least,
         spread=f"{low:.3f} to {high:.3f}, n={len(pair.first)}",
         ratio_of_medians=f"{pair.ratio_of_medians:.3f}x",
         cpu="" if pair.cpu_ratio is None else f"{pair.cpu_ratio:.3f}x",

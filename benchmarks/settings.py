@@ -22,6 +22,9 @@ class Settings:
             seconds if the least number of rounds is done.
         vmap_seqs, vmap_memory: the same for ``lowering="autograd"``, whose memory in training is
             that of (batch, heads, T, T, rank): 3 GiB at T = 512.
+        space_seq, recursion_seqs, linear_seqs: numbers of tokens in the sections of ``benchmarks.space``;
+            linear attention is compared with softmax attention at ``softmax_seq``.
+        contexts, widths: numbers of tokens seen, and pairs (dim, heads), at which decoding is timed.
         sample: seconds that one timed sample lasts at least, by repetition.
         processes, derive_processes: fresh processes for the import, and for each energy.
         energies: names of the gallery energies to derive cold; all if empty.
@@ -45,6 +48,12 @@ class Settings:
     autograd_memory: tuple[int, ...] = (512, 1024, 2048)
     vmap_seqs: tuple[int, ...] = (256,)
     vmap_memory: tuple[int, ...] = (64, 128, 256)
+    space_seq: int = 1024
+    recursion_seqs: tuple[int, ...] = (256, 1024)
+    linear_seqs: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    softmax_seq: int = 4096
+    contexts: tuple[int, ...] = (4096, 16384)
+    widths: tuple[tuple[int, int], ...] = ((256, 4), (512, 8))
     rounds: int = 60
     least_rounds: int = 7
     seconds: float = 15.0
@@ -75,6 +84,12 @@ class Settings:
             autograd_memory=(64, 128),
             vmap_seqs=(16,),
             vmap_memory=(32, 64),
+            space_seq=16,
+            recursion_seqs=(16,),
+            linear_seqs=(64, 128),
+            softmax_seq=64,
+            contexts=(16,),
+            widths=((32, 2),),
             rounds=3,
             least_rounds=3,
             seconds=0.5,

@@ -5,16 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cold, layers, memory, report
-from benchmarks.cases import CASES, AutogradOfEnergy, backward, largest_difference
+from benchmarks import cold, counts, layers, memory, report, space
+from benchmarks.cases import (
+    CASES,
+    ROTARY,
+    AutogradOfEnergy,
+    backward,
+    diagonal_layer,
+    interaction_layer,
+    largest_difference,
+)
+from benchmarks.handwritten import TiedAttention
 from benchmarks.settings import Settings
 from benchmarks.timing import Pair, interleave
 
 QUICK = replace(Settings().quick(), rounds=2, least_rounds=2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, ROTARY], ids=lambda case: case.name)
 @pytest.mark.parametrize("beta", [None, 0.7])
 def test_hand_written_layers_equal_the_derived_ones(case, beta, device):
     """float64: the output, the gradient of the input and of every parameter."""
@@ -95,6 +106,68 @@ def test_peak_memory_counts_what_a_pass_allocates(device):
     settings = replace(QUICK, device=str(device))
     fused, autograd = (memory.peak_bytes(kind, 512, settings) for kind in ("fused", "autograd"))
     assert autograd > fused + 4 * 2**20
+
+
+@pytest.mark.parametrize("direct, steps", [(0, 1), (0, 3), (16, 1)])
+def test_counts_are_those_of_torch(direct, steps):
+    """torch counts two operations a multiplication, and every pair of tokens, seen or not."""
+    make = diagonal_layer if direct else interaction_layer
+    layer = make(QUICK, causal=False, **({} if direct else {"steps": steps}))
+    h = torch.randn(QUICK.batch, 9, QUICK.dim, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward, counted = layer(h), counter.get_total_flops()
+        forward.sum().backward()
+    mine = counts.interaction(QUICK, 9, direct=direct, steps=steps)
+    pairs = mine.attention * 2 * 9 // (9 + 1)
+    assert counted == 2 * (mine.projections + pairs)
+    # Its backward pass keeps the weights, so that attention is four products and not five.
+    assert counter.get_total_flops() == 2 * 3 * (mine.projections + pairs)
+
+
+def test_steps_by_hand_equal_the_derived_ones():
+    layer = interaction_layer(QUICK, steps=3).double()
+    written = TiedAttention(layer.Q, layer.K, layer.scalars["beta"], steps=3)
+    h = torch.randn(2, 9, QUICK.dim, dtype=torch.float64)
+    torch.testing.assert_close(layer(h), written(h), rtol=1e-12, atol=1e-12)
+
+
+def test_a_cache_of_keys_and_values_by_hand():
+    """With keys for values and queries for the output it is tied attention, token after token."""
+    layer = interaction_layer(QUICK).double()
+    written, cache = space.untied_twin(layer), layer.init_cache(2, 9)
+    written.init_cache(2, 9)
+    h = torch.randn(2, 9, QUICK.dim, dtype=torch.float64)
+    whole = layer(h)
+    with torch.no_grad():
+        for first, last in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+            new = h[:, first:last]
+            for one in (written(new), layer(new, cache=cache)):
+                torch.testing.assert_close(one, whole[:, first:last], rtol=1e-12, atol=1e-12)
+    assert 2 * cache.nbytes == written.keys.nbytes + written.values.nbytes
+
+
+def test_a_bar_with_two_ends():
+    row = report.Row("Speed", "one / other", 0.9, most=1.0, least=0.8)
+    assert row.bar == "0.8 to 1x" and row.met
+    assert replace(row, least=1.0).bar == "= 1x" and replace(row, least=1.0).met is False
+    assert replace(row, value=0.7).met is False and replace(row, value=1.1).met is False
+
+
+def test_the_points_of_the_design_space_run(tmp_path, capsys):
+    settings = replace(QUICK, sections=("diagonal", "recursion", "decode"), seconds=0.1)
+    run = layers.run(settings, sections=space.SECTIONS)
+    rows = report.rows_of(json.loads(json.dumps(run)))
+    assert len(rows) == 2 + 2 * 3 + 2
+    assert rows[-1].value == 0.5
+    assert all(row.value > 0 and row.met is None for row in rows)
+    assert "counted" in rows[0].what
+
+
+@pytest.mark.slow
+def test_every_section_of_the_design_space_runs(tmp_path):
+    run = space.main(["--quick", "--seconds", "0.1", "--out", str(tmp_path / "space.json")])
+    assert run["command"].startswith("python -m benchmarks.space")
+    assert all(row["value"] is not None for row in run["rows"])
 
 
 def test_exponent():
