@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, S, Sum, log
+from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Rational, S, Sum, log
 
 from ..language.canonical import LETTERS, canonical, free_indices, rename
+from ..language.entmax import Entmax
 from ..language.positions import Rope
 from ..language.symbols import (
     NamedArray,
@@ -28,7 +29,7 @@ from ..language.symbols import (
     total,
 )
 from ..language.tokens import Decay
-from ..language.words import word_of
+from ..language.words import step, word_of
 
 
 @lru_cache(maxsize=65536)
@@ -164,6 +165,12 @@ def _pull_back(node: Expr, adjoint: Expr) -> Iterator[tuple[Expr, Expr, frozense
             yield body, rename(adjoint, {idx: slot}), (scope - {idx}).union(split(slot))
         case Rope():
             yield node.body, node.of(adjoint, inverse=True), scope
+        case Entmax():
+            # diag(s) - s s^T / sum(s) with s = p^(2 - alpha) on the support.
+            share = step(node) if node.args[2] == 2 else Pow(node, Rational(1, 2))
+            over = (node.index,)
+            mean = total(share * adjoint, over) / total(share, over)
+            yield node.body, share * (adjoint - mean), scope
         case Decay():
             raise ValueError(
                 f"a decay that reads the context has no derivative for it: got {node}; leave `joint=True` out"
