@@ -24,18 +24,21 @@ from .language.symbols import Context, Dim, Frozen, NamedArray, Parameter, Scala
 from .language.tracing import Untranslatable, signature, translate
 from .language.validity import check_expression
 
-RESERVED = (
+INPUTS = (
     "h",
-    "x",
     "frozen",
+    "x",
     "visible",
     "causal",
     "position",
     "context_position",
     "states",
     "ordered",
-    "direction",
 )
+"""Names of a program's inputs; parameters and learned scalars follow under their own names."""
+
+RESERVED = (*INPUTS, "direction")
+"""Names that a parameter cannot have."""
 
 
 class Energy:

@@ -60,11 +60,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("preconditioner", [None, cem.Diagonal])
+@pytest.mark.parametrize(
+    ("rule", "preconditioner"),
+    # Newton takes no preconditioner: its curvature is one.
+    [
+        (rule, P)
+        for rule in RULES
+        for P in (None, cem.Diagonal)
+        if (rule, P) != ("newton", cem.Diagonal)
+    ],
+)
 def test_the_gradients_of_many_steps(rule, preconditioner):
-    if rule == "newton" and preconditioner is not None:
-        pytest.skip("refused")
     layer = made(update=copy.deepcopy(RULES[rule]), preconditioner=preconditioner)
     assert layer.energy_function.curvature == "convex"
     model = cem.FixedPoint(layer, tolerance=1e-13)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cem.energy import INPUTS
+from cem.inputs import Seen
+
 ROOT = Path(__file__).resolve().parents[1]
 GALLERIES = {"energies", "derivations"}
 
@@ -212,3 +215,7 @@ def test_files_are_short():
 
 def test_no_module_is_called_utils():
     assert not [file for file in FILES.values() if file.stem in ("utils", "util", "helpers")]
+
+
+def test_programs_take_what_the_tokens_see():
+    assert INPUTS == ("h", "frozen", *Seen._fields)

@@ -11,12 +11,12 @@ from sympy import Expr, Idx, Symbol
 from torch import Tensor, fx
 
 from ..calculus.gradient import hessian_product, output_index
-from ..energy import Energy
+from ..energy import INPUTS, Energy
 from ..language.conversion import as_expression
 from ..language.symbols import Scalar
 from .emit import Emitter
 from .listing import compiled, listing
-from .program import INPUTS, Program, program
+from .program import Program, program
 from .reference import (
     TokenEnergy,
     branches_on_data,

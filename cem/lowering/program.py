@@ -10,21 +10,9 @@ import torch
 from sympy import Expr, Idx
 from torch import fx
 
+from ..energy import INPUTS
 from .emit import Emitter
 from .values import Value, is_placed
-
-INPUTS = (
-    "h",
-    "frozen",
-    "x",
-    "visible",
-    "causal",
-    "position",
-    "context_position",
-    "states",
-    "ordered",
-)
-"""Names of a program's inputs; parameters and learned scalars follow under their own names."""
 
 
 @dataclass(frozen=True)
