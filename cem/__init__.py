@@ -7,8 +7,8 @@ from .derivation import Derivation
 from .energy import Energy, energy
 from .fixed_point import FixedPoint
 from .language.entmax import entmax_conjugate
-from .language.logsumexp import logsumexp
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
+from .language.reductions import logsumexp
 from .language.symbols import Dim, context, dims, frozen, index, parameter, scalar, state
 from .language.tokens import decay
 from .language.words import (

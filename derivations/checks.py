@@ -20,7 +20,8 @@ from cem.calculus.gradient import output_index
 from cem.language.entmax import EntmaxConjugate
 from cem.language.evaluation import Evaluator
 from cem.language.positions import ContextPosition, Lookup, Rope, TokenPosition
-from cem.language.symbols import SEQ, LogSumExp, size_of
+from cem.language.reductions import LogSumExp
+from cem.language.symbols import SEQ, size_of
 from cem.language.tokens import Decay
 from cem.language.words import step
 

@@ -5,9 +5,11 @@ import torch
 from sympy import Sum, exp, log
 
 import cem
-from cem.language.canonical import canonical, free_indices, rename
+from cem.language.canonical import canonical
 from cem.language.evaluation import Evaluator
-from cem.language.symbols import SEQ, LogSumExp, Ravel, Softmax, join, split
+from cem.language.indices import free_indices, rename
+from cem.language.reductions import LogSumExp, Softmax
+from cem.language.symbols import SEQ, Ravel, join, split
 from cem.testing import assert_close
 
 SIZES = {"dim": 5, "heads": 2, "rank": 3, "hidden": 4, "block": 3}

@@ -13,14 +13,13 @@ from cem.calculus import curvature as rules
 from cem.calculus.curvature import curvature, explain
 from cem.calculus.gradient import depends_on_state
 from cem.language import words
-from cem.language.canonical import canonical, free_indices
+from cem.language.canonical import canonical
 from cem.language.evaluation import Evaluator
-from cem.language.logsumexp import logsumexp
+from cem.language.indices import free_indices
+from cem.language.reductions import LogSumExp, Softmax, logsumexp
 from cem.language.symbols import (
     SEQ,
-    LogSumExp,
     Parameter,
-    Softmax,
     State,
     context,
     dims,

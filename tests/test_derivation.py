@@ -14,7 +14,8 @@ from cem.derivation import Derivation
 from cem.language.definitions import Naming, definitions
 from cem.language.evaluation import Evaluator
 from cem.language.notation import latex, text
-from cem.language.symbols import SEQ, LogSumExp, Softmax, State, index
+from cem.language.reductions import LogSumExp, Softmax
+from cem.language.symbols import SEQ, State, index
 from cem.language.words import gelu_antiderivative, relu_antiderivative, silu
 
 dim, heads, rank, hidden, block = cem.dims("dim heads rank hidden block")

@@ -12,9 +12,11 @@ import cem
 from cem import energies
 from cem.calculus.gradient import output_index
 from cem.energy import Energy
-from cem.language.canonical import canonical, free_indices
+from cem.language.canonical import canonical
+from cem.language.indices import free_indices
 from cem.language.positions import Rope
-from cem.language.symbols import SEQ, LogSumExp, size_of
+from cem.language.reductions import LogSumExp
+from cem.language.symbols import SEQ, size_of
 from cem.testing import assert_close, check_energy, checks, relative_error
 
 every = pytest.mark.parametrize("case", ENERGIES, ids=by_name)

@@ -7,8 +7,8 @@ from sympy import Float, Rational, Sum, exp, log, pi, sqrt, tanh
 
 from cem.calculus.gradient import gradient
 from cem.language.canonical import canonical
-from cem.language.logsumexp import logsumexp
 from cem.language.notation import latex, text
+from cem.language.reductions import logsumexp
 from cem.language.symbols import (
     SEQ,
     context,

@@ -9,7 +9,7 @@ from sympy import Float, Integer, Rational, Sum, Symbol, exp, log, pi, sqrt
 
 from cem.calculus.gradient import gradient
 from cem.language.canonical import canonical
-from cem.language.logsumexp import logsumexp
+from cem.language.reductions import logsumexp
 from cem.language.serial import MAX_DEPTH, from_json, to_json
 from cem.language.symbols import context, dims, frozen, index, parameter, scalar, state
 from cem.language.words import WORDS, silu, silu_antiderivative

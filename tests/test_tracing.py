@@ -13,13 +13,11 @@ from torch.nn import functional as F
 
 from cem.language import words
 from cem.language.canonical import canonical
-from cem.language.logsumexp import logsumexp
+from cem.language.reductions import LogSumExp, Softmax, logsumexp
 from cem.language.symbols import (
     SEQ,
     Dim,
     Frozen,
-    LogSumExp,
-    Softmax,
     context,
     dims,
     frozen,

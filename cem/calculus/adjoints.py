@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from sympy import Expr, Indexed, Integer
 
-from ..language.canonical import rename
 from ..language.definitions import Definition, with_own_letters
+from ..language.indices import rename
 from ..language.symbols import NamedArray
 from .gradient import sweep
 

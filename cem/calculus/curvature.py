@@ -20,7 +20,8 @@ from sympy import Add, Expr, Indexed, Mul, Number, NumberSymbol, Pow, Rational, 
 
 from ..language import words
 from ..language.positions import Rope
-from ..language.symbols import LogSumExp, Ravel, SmoothMaximum, Weights, is_word
+from ..language.reductions import LogSumExp, SmoothMaximum, Weights
+from ..language.symbols import Ravel, is_word
 from ..language.tokens import Decay
 from ..language.words import word_of
 from .gradient import depends_on_state

@@ -12,14 +12,14 @@ from functools import lru_cache
 
 from sympy import Add, Expr, Idx, Indexed, Integer, Mul, Pow, Rational, S, Sum, log
 
-from ..language.canonical import LETTERS, canonical, free_indices, rename
+from ..language.canonical import canonical
 from ..language.entmax import Entmax
+from ..language.indices import LETTERS, free_indices, rename
 from ..language.positions import Rope
+from ..language.reductions import SmoothMaximum, Softmax
 from ..language.symbols import (
     NamedArray,
     Ravel,
-    SmoothMaximum,
-    Softmax,
     State,
     direction,
     index,

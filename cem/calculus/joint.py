@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from sympy import Add, Expr, Idx, Indexed, Mul, Sum
 
-from ..language.canonical import canonical, free_indices, rename
+from ..language.canonical import canonical
+from ..language.indices import free_indices, rename
 from ..language.positions import TOKEN_POSITION, ContextPosition, Rope, TokenPosition
 from ..language.symbols import SEQ, Context, Frozen, Ravel, State, index, size_of, split, total
 from ..language.tokens import Decay, TokenSum

@@ -29,20 +29,10 @@ import torch
 from sympy import Add, Basic, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import Tensor
 
-from ..language.canonical import free_indices
 from ..language.evaluation import Evaluator
-from ..language.symbols import (
-    SEQ,
-    LogSumExp,
-    Parameter,
-    Ravel,
-    State,
-    Weights,
-    index,
-    size_of,
-    spelling,
-    total,
-)
+from ..language.indices import free_indices
+from ..language.reductions import LogSumExp, Weights
+from ..language.symbols import SEQ, Parameter, Ravel, State, index, size_of, spelling, total
 from ..language.words import WORDS
 from .curvature import curvature, explain
 from .gradient import depends_on_state

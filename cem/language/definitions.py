@@ -11,20 +11,11 @@ from dataclasses import dataclass
 
 from sympy import Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 
-from .canonical import bound_name, canonical, free_indices, rename
+from .canonical import canonical
+from .indices import bound_name, free_indices, rename
 from .notation import latex, text
-from .symbols import (
-    SEQ,
-    Context,
-    Frozen,
-    NamedArray,
-    Parameter,
-    Ravel,
-    SmoothMaximum,
-    State,
-    Weights,
-    size_of,
-)
+from .reductions import SmoothMaximum, Weights
+from .symbols import SEQ, Context, Frozen, NamedArray, Parameter, Ravel, State, size_of
 
 STAGES: dict[str, type[NamedArray]] = {
     "parameters": Parameter,

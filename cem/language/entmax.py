@@ -7,7 +7,7 @@ from sympy import Expr, Idx, Integer, Rational
 from torch import Tensor
 
 from .conversion import as_expression
-from .symbols import SmoothMaximum, Weights
+from .reductions import SmoothMaximum, Weights
 
 ALPHAS = (Rational(3, 2), Integer(2))
 

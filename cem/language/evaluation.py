@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .entmax import Entmax, EntmaxConjugate, sparse_maximum, sparse_weights
 from .positions import Lookup, Rope, turned
-from .symbols import SEQ, LogSumExp, Ravel, Softmax, is_word, size_of, split
+from .reductions import LogSumExp, Softmax
+from .symbols import SEQ, Ravel, is_word, size_of, split
 from .tokens import Decay, later
 from .words import only, word_of
 

@@ -12,7 +12,8 @@ from sympy import E as euler
 from . import symbols
 from .entmax import EntmaxConjugate
 from .positions import Lookup, Rope
-from .symbols import LogSumExp, NamedArray, Ravel, Softmax
+from .reductions import LogSumExp, Softmax
+from .symbols import NamedArray, Ravel
 from .tokens import Decay
 from .words import WORDS
 

@@ -16,7 +16,8 @@ from . import symbols
 from .entmax import Entmax, EntmaxConjugate
 from .order import is_negative, negated, parts, place, terms
 from .positions import ContextPosition, Lookup, Rope, TokenPosition
-from .symbols import SEQ, LogSumExp, Ravel, SmoothMaximum, Softmax, size_of, split
+from .reductions import LogSumExp, SmoothMaximum, Softmax
+from .symbols import SEQ, Ravel, size_of, split
 from .tokens import Decay, TokenSum
 from .words import log_cosh, word_of
 

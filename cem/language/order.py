@@ -5,7 +5,8 @@ from __future__ import annotations
 from sympy import Add, Expr, Indexed, Integer, Mul, Pow, Sum, Symbol
 
 from . import symbols
-from .symbols import Ravel, SmoothMaximum
+from .reductions import SmoothMaximum
+from .symbols import Ravel
 
 
 def terms(expression: Expr) -> list[Expr]:

@@ -1,4 +1,4 @@
-"""The nouns of the language: named sizes, the state, its context, parameters, scalars and reductions.
+"""The nouns of the language: named sizes, the state, its context, parameters and scalars.
 
 Everything here is a SymPy object, so ``Sum``, ``exp``, ``log``, powers and arithmetic are SymPy's own.
 
@@ -244,59 +244,6 @@ def frozen(value):
         f"`frozen` takes a state, an expression or a torch tensor: got {type(value).__name__};"
         " type `c = cem.frozen(h)` and then `c[i]`"
     )
-
-
-class Reduction(Expr):
-    """An expression over one index: ``args = (body, index)``."""
-
-    @property
-    def body(self) -> Expr:
-        return self.args[0]
-
-    @property
-    def index(self) -> Idx:
-        return self.args[1]
-
-    is_commutative = True
-    is_extended_real = True
-    is_real = True
-
-
-class SmoothMaximum(Reduction):
-    """A convex function of the body, whose slopes are ``weights``; 0 over an empty visible set."""
-
-    @property
-    def free_symbols(self):
-        return self.body.free_symbols - {self.index}
-
-    def _eval_derivative(self, symbol):
-        return Sum(self.weights * self.body.diff(symbol), self.index)
-
-
-class Weights(Reduction):
-    """Numbers of the index, which stays free: not negative, and they sum to one."""
-
-    is_nonnegative = True
-
-
-class LogSumExp(SmoothMaximum):
-    """log sum_s exp(body)."""
-
-    @property
-    def weights(self) -> Expr:
-        return Softmax(*self.args)
-
-    def _latex(self, printer) -> str:
-        body, idx = map(printer.doprint, self.args)
-        return rf"\log \sum_{{{idx}}} e^{{{body}}}"
-
-
-class Softmax(Weights):
-    """exp(body) / sum_s exp(body)."""
-
-    def _latex(self, printer) -> str:
-        body, idx = map(printer.doprint, self.args)
-        return rf"\operatorname{{softmax}}_{{{idx}}}\left({body}\right)"
 
 
 class Ravel(Expr):

@@ -7,7 +7,7 @@ from sympy import Expr, Idx
 from torch import Tensor
 
 from .conversion import as_expression
-from .symbols import Reduction
+from .reductions import Reduction
 
 
 class TokenSum(Reduction):

@@ -7,7 +7,8 @@ import operator
 from sympy import Abs, Expr, Idx, Mul, sqrt
 
 from .entmax import entmax_conjugate
-from .symbols import SEQ, LogSumExp, Softmax, size_of, total
+from .reductions import LogSumExp, Softmax
+from .symbols import SEQ, size_of, total
 from .tokens import Decay
 from .torch_tensor import Untranslatable, Value, elementwise, lift, place, product, reduce
 

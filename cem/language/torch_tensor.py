@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from sympy import Dummy, Expr, Float, Idx, Indexed, Integer, Mul, Rational, exp
 
-from .canonical import free_indices, rename
 from .conversion import as_expression
+from .indices import free_indices, rename
 from .positions import Rope
-from .symbols import SEQ, Dim, LogSumExp, NamedArray, Softmax, join, size_of, total
+from .reductions import LogSumExp, Softmax
+from .symbols import SEQ, Dim, NamedArray, join, size_of, total
 
 Axis = tuple[Idx, ...]
 Label = Hashable

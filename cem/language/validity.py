@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sympy import Expr, Function, Idx, Indexed, S, Sum, Symbol
 
-from .canonical import free_indices
+from .indices import free_indices
 from .positions import Lookup, Rope
 from .symbols import Context, NamedArray, State
 from .tokens import Decay

@@ -19,8 +19,9 @@ from sympy import Expr, Idx, Indexed, Mul, Sum
 from torch import fx
 from torch.nn import functional as F
 
-from ..language.canonical import free_indices
-from ..language.symbols import LogSumExp, Softmax, spelling
+from ..language.indices import free_indices
+from ..language.reductions import LogSumExp, Softmax
+from ..language.symbols import spelling
 from ..language.tokens import TokenSum
 from . import kernels
 from .bilinear import EXACT, Feature, Score, Term, bilinear, reach, window_of

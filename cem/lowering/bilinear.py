@@ -9,7 +9,7 @@ from itertools import count
 
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum
 
-from ..language.canonical import free_indices, rename
+from ..language.indices import free_indices, rename
 from ..language.positions import TOKEN_POSITION, ContextPosition
 from ..language.symbols import Dim, Frozen, Parameter, State, index, size_of, spelling, total
 from ..language.words import only, step

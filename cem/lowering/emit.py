@@ -10,22 +10,19 @@ import torch
 from sympy import Add, Expr, Idx, Indexed, Mul, Pow, Sum, Symbol
 from torch import fx
 
-from ..language.canonical import free_indices, rename
 from ..language.entmax import Entmax, EntmaxConjugate
+from ..language.indices import free_indices, rename
 from ..language.positions import POSITIONS, ContextPosition, Lookup, Rope, TokenPosition
+from ..language.reductions import LogSumExp, Reduction, Softmax, Weights
 from ..language.symbols import (
     SEQ,
     Context,
     Direction,
     Frozen,
-    LogSumExp,
     Parameter,
     Ravel,
-    Reduction,
     Scalar,
-    Softmax,
     State,
-    Weights,
     index,
     is_word,
     size_of,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from sympy import Expr, Idx, Integer
 
-from ..language.canonical import free_indices
-from ..language.symbols import Softmax, spelling
+from ..language.indices import free_indices
+from ..language.reductions import Softmax
+from ..language.symbols import spelling
 from ..language.tokens import Decay
 from . import kernels
 from .bilinear import Feature, Term, bilinear

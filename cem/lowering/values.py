@@ -8,6 +8,7 @@ from sympy import Expr, Idx, Indexed, Sum
 from torch import fx
 
 from ..language.positions import ContextPosition, Rope, TokenPosition
+from ..language.reductions import SmoothMaximum, Weights
 from ..language.symbols import (
     SEQ,
     Context,
@@ -15,9 +16,7 @@ from ..language.symbols import (
     Direction,
     Frozen,
     NamedArray,
-    SmoothMaximum,
     State,
-    Weights,
     index,
     size_of,
 )
