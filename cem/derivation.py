@@ -82,7 +82,7 @@ class Derivation:
         steps: what is shown: a title and blocks each.
         definitions: the named parts: contractions such as q = Q h, and softmax weights p.
         energy: the energy in terms of them, or None where it has no expression.
-        force: -dE/dh_d in terms of them, or None.
+        force: -dE/dh_d in terms of them, or None; ``joint_force`` that of all tokens together, for a joint layer.
         adjoints: -dE/dq for every contraction q that moves with the state, in terms of them.
 
     >>> import cem
@@ -102,6 +102,7 @@ class Derivation:
         self.definitions: list[Definition] = []
         self.energy: Expr | None = None
         self.force: Expr | None = None
+        self.joint_force: Expr | None = None
         self.adjoints: dict[Indexed, Expr] = {}
 
     @classmethod
@@ -117,19 +118,25 @@ class Derivation:
         if energy.expression is None:
             steps = [_untranslated(energy)]
         else:
-            self._derive(energy)
+            together = getattr(layer, "joint", False)
+            self._derive(energy, together)
             steps = [_energy_step(energy), *self._feature_steps(), *self._adjoint_steps()]
-            steps += [self._gradient_step(energy), self._layer_step(energy, layer)]
+            steps.append(self._gradient_step(energy))
+            steps += [self._joint_step(energy)] if together else []
+            steps.append(self._layer_step(energy, layer))
         if layer is not None:
             steps.append(_program_step(layer))
         self.steps = tuple(steps)
         return self
 
-    def _derive(self, energy) -> None:
+    def _derive(self, energy, together: bool) -> None:
         normal = canonical(energy.expression)
-        naming = Naming([normal, energy.gradient])
+        roots = [normal, energy.gradient, *([energy.joint_gradient] if together else [])]
+        naming = Naming(roots)
         self.energy = naming.rewrite(normal)
         self.force = naming.rewrite(-energy.gradient)
+        if together:
+            self.joint_force = naming.rewrite(-energy.joint_gradient)
         for entry, adjoint in adjoints(self.energy, naming.definitions):
             force, indices = with_own_letters(naming.rewrite(-adjoint), entry.indices)
             self.adjoints[Indexed(entry.base, *indices)] = force
@@ -210,6 +217,20 @@ class Derivation:
             )
         left = _force_on(Indexed(h, output_index(h.shape[0])))
         return Step("Gradient", (paragraph(*told), Formulas((_formula(left, self.force),))))
+
+    def _joint_step(self, energy) -> Step:
+        h, d = energy.state, output_index(energy.state.shape[0])
+        told = [
+            "The energies of all tokens are differentiated together, so a token is also moved as the context of the"
+            " tokens t that see it; s stands for it in their sums:"
+        ]
+        left = Math(
+            rf"-\frac{{\partial}}{{\partial {latex(Indexed(h, d))}}} \sum_{{t}} E_{{t}}",
+            f"-∂(Σ_t E_t)/∂{Math.of(Indexed(h, d)).text}",
+        )
+        return Step(
+            "All tokens together", (paragraph(*told), Formulas((_formula(left, self.joint_force),)))
+        )
 
     def _layer_step(self, energy, layer) -> Step:
         update = type(getattr(layer, "update", None)).__name__ if layer else "GradientDescent"

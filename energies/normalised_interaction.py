@@ -20,12 +20,12 @@ Neither convex nor concave in h: E does not change along h, and is bounded. A sm
 >>> from cem.energies import normalised_interaction
 >>> layer = cem.derive(normalised_interaction, dim=16, heads=2, rank=4)
 >>> layer.lowering.kernels
-('dense_softmax', 'einsum', 'matmul', 'sdpa')
+('einsum', 'matmul', 'sdpa')
 >>> normalised_interaction.curvature
 'unknown'
 
-The average m_a is one attention call. The part of it along the query, u_a . m_a, is written out
-over all pairs of tokens today.
+The average m_a is one attention call, and the part of it along the query, u_a . m_a, is made of
+its result.
 
 Source: Henry et al., Query-Key Normalization for Transformers, arXiv:2010.04245, with one learned
 number for all heads where we have beta_a; ViT-22B (Dehghani et al., arXiv:2302.05442, section 2)

@@ -22,7 +22,7 @@ them. A step of any size descends. No force is longer than that of the interacti
 >>> from cem.energies import sink_interaction
 >>> layer = cem.derive(sink_interaction, dim=16, heads=2, rank=4)
 >>> layer.lowering.kernels
-('einsum', 'matmul', 'sdpa')
+('matmul', 'sdpa')
 >>> sink_interaction.curvature
 'concave'
 

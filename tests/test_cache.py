@@ -11,8 +11,7 @@ from cem.testing import assert_close
 
 CUTS = [(1,) * 7, (3, 1, 1, 2), (7,), (2, 5)]
 DECODED = [case for case in CONTEXT if not case.needs_context]
-DENSE = ("normalised_interaction", "soft_capped_interaction", "soft_capped", "rope_normalised")
-DENSE += ("sparse_attention", "sparse_window")
+DENSE = ("soft_capped_interaction", "soft_capped", "sparse_attention", "sparse_window")
 
 t, u = cem.position(h), cem.position(s)
 Q, K = (

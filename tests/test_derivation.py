@@ -9,6 +9,7 @@ import torch
 from sympy import Indexed, Sum
 
 import cem
+from cem import energies
 from cem.calculus.adjoints import adjoints
 from cem.derivation import Derivation
 from cem.language.definitions import Naming, definitions
@@ -309,3 +310,22 @@ def test_what_a_notebook_shows():
         r" \sum_{m} U_{md} \operatorname{relu}\left(u_{m}\right)$"
     )
     assert repr(derivation) == "Derivation('plain', 5 steps)"
+
+
+def test_linear_attention_is_told_as_such():
+    for name, decays in (("squared_interaction", False), ("gated_linear_attention", True)):
+        told = " ".join(getattr(energies, name).derivation().text().split())
+        assert "This is linear attention" in told and "q is the query and k the key" in told
+        assert ("less what later tokens let decay" in told) == decays
+        assert "MLP" not in told
+
+
+def test_a_joint_layer_shows_what_a_token_receives():
+    layer = cem.derive(energies.interaction, dim=6, heads=2, rank=3, joint=True, causal=False)
+    derivation = layer.derivation
+    titles = [step.title for step in derivation.steps]
+    assert titles.index("All tokens together") == titles.index("Gradient") + 1
+    shown = "".join(derivation.text().split())
+    assert "Σ_{a,r}K[a,r,d]Σ_{t:s∈V(t)}p[a,s]q[a,r]" in shown
+    assert r"\sum_{t :\, s \in V(t)}" in derivation.latex()
+    assert "<math" in derivation.html()

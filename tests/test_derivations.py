@@ -27,6 +27,7 @@ PAGES = (
     "recursion",
     "preconditioned_step",
     "rotary_attention",
+    "linear_attention",
     "energy_transformer",
 )
 CONCRETE = {
@@ -148,6 +149,11 @@ def test_page_runs_by_its_dotted_name():
                 "preconditioner.V": (13, 4),
             },
             {"matmul", "sdpa"},
+        ),
+        (
+            "linear_attention",
+            {"Q": (3, 5, 13), "K": (3, 5, 13), "G": (3, 13), "bias": (3,)},
+            {"linear_attention", "matmul"},
         ),
         ("rotary_attention", {"Q": (3, 6, 13), "K": (3, 6, 13)}, {"matmul", "sdpa"}),
         (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sympy import Expr, Idx, Indexed, preorder_traversal
+from sympy import Expr, Idx, Indexed, Sum, preorder_traversal
 
 from ..language.definitions import Definition
 from ..language.document import Math, Part
 from ..language.order import terms
 from ..language.symbols import SEQ, Context, NamedArray, Parameter, State, is_word, size_of
+from ..language.tokens import Decay
 
 
 def known_forms(
@@ -26,6 +27,10 @@ def known_forms(
             if tokens := [b for b in part.bases if isinstance(b, Context)]:
                 yield _again(part, tokens[0])
     plain = [part for part in parts if part.readers and not part.weights]
+    for part in plain:
+        if part.over_tokens:
+            yield _linear_attention(part)
+    plain = [part for part in plain if not part.over_tokens]
     if plain:
         yield _elementwise(plain)
     if any(part.term == -Indexed(state, free) for part in parts):
@@ -50,6 +55,9 @@ class _Term:
             for leaf in leaves
             if isinstance(leaf.base, Parameter) and free in leaf.indices
         ]
+        self.over_tokens = any(
+            size_of(limit[0]) == SEQ for s in term.atoms(Sum) for limit in s.limits
+        )
         self.readers = [
             d
             for d in definitions
@@ -89,6 +97,22 @@ def _again(part: _Term, tokens: NamedArray) -> list[Part]:
     told = ["The same weights also average ", Math.of(tokens)]
     told += [", scaled coordinate by coordinate by ", scales[0]] if scales else []
     return [*told, ": one call computes both, with keys and values side by side."]
+
+
+def _linear_attention(part: _Term) -> list[Part]:
+    told: list[Part] = ["This is linear attention: a visible token counts by its score itself"]
+    told += [
+        ", less what later tokens let decay." if part.term.has(Decay) else ", without a softmax."
+    ]
+    keys = [d for d in part.named if d.stage == "context"]
+    if keys:
+        query = part.readers[0]
+        sizes = set(map(size_of, query.indices))
+        key = max(keys, key=lambda d: len(sizes & set(map(size_of, d.indices))))
+        told += [" ", Math.of(query.tensor), " is the query and ", Math.of(key.tensor), " the key"]
+        told += [" and the value. The query does not depend on the token that is seen, so the sum"]
+        told += [" over the past is a state of fixed size."]
+    return told
 
 
 def _memory(part: _Term) -> list[Part]:

@@ -81,6 +81,9 @@ class _Normaliser(Renamer):
                 # The weights stand below another sum: average first.
                 body = self.sum_one(Mul(factor.function, *others), idx)
                 return Mul(*outside, self.sum(body, tuple(limit[0] for limit in factor.limits)))
+        pulled = self.own_feature(inside, idx)
+        if pulled is not None:
+            return Mul(*outside, pulled)
         if outside and len(inside) == 1 and inside[0].is_Add:
             return Mul(*outside, self.sum_one(inside[0], idx))
         if len(inside) == 1 and isinstance(inside[0], Sum) and size_of(idx) == SEQ:
@@ -89,6 +92,22 @@ class _Normaliser(Renamer):
             if SEQ not in map(size_of, limits):
                 return Mul(*outside, self.sum(self.sum_one(inside[0].function, idx), limits))
         return Mul(*outside, total(Mul(*inside), (idx,)))
+
+    def own_feature(self, inside: list[Expr], idx: Idx) -> Expr | None:
+        """A weighted mean of products with the token's own feature as the feature times the mean, or None."""
+        weights = [f for f in inside if isinstance(f, Weights) and f.index == idx]
+        sums = [
+            f
+            for f in inside
+            if isinstance(f, Sum) and any(_moves(part, idx) for part in Mul.make_args(f.function))
+        ]
+        if len(weights) != 1 or len(sums) != 1:
+            return None
+        rest = Mul(*(f for f in inside if f is not sums[0]))
+        if free_indices(rest) - free_indices(weights[0]):
+            return None
+        body = self.sum_one(rest * sums[0].function, idx)
+        return self.sum(body, tuple(limit[0] for limit in sums[0].limits))
 
     def node(self, expression: Expr, args: list[Expr]) -> Expr:
         if isinstance(expression, Mul):
@@ -154,6 +173,12 @@ def _weighs(factor: Expr, idx: Idx) -> bool:
     if isinstance(factor, Sum):
         return any(_weighs(part, idx) for part in Mul.make_args(factor.function))
     return isinstance(factor, Weights) and factor.index == idx
+
+
+def _moves(factor: Expr, idx: Idx) -> bool:
+    """Whether a factor is of the token that looks and not of the one at the index."""
+    kinds = {type(leaf.base) for leaf in factor.atoms(Indexed)}
+    return idx not in free_indices(factor) and bool(kinds & {State, Frozen})
 
 
 def canonical(expression: Expr) -> Expr:

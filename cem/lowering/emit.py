@@ -37,7 +37,7 @@ from .bilinear import EXACT, split_conditions
 from .linear_attention import LinearAttention
 from .ops import Ops
 from .places import Places
-from .values import BATCH, TOKEN, Value, is_placed, is_seq, sources
+from .values import BATCH, TOKEN, Value, is_placed, is_seq, joined, sources
 
 
 class Emitter:
@@ -301,7 +301,7 @@ class Emitter:
                 value, outside, left = found
                 values = [value, *map(self.lower, outside)]
                 return self.ops.contract(values, left)
-        return self.product(factors, over)
+        return self.product(*joined(factors, over))
 
     def seen(self, idx: Idx, conditions: Sequence[Expr]) -> Value:
         """The visible tokens for which every condition is positive, as a mask."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sympy import Expr, Idx, Indexed, Sum
+from sympy import Expr, Idx, Indexed, Mul, Sum
 from torch import fx
 
+from ..language.indices import free_indices
 from ..language.positions import ContextPosition, Rope, TokenPosition
 from ..language.reductions import SmoothMaximum, Weights
 from ..language.symbols import (
@@ -16,6 +18,7 @@ from ..language.symbols import (
     Direction,
     Frozen,
     NamedArray,
+    Parameter,
     State,
     index,
     size_of,
@@ -100,3 +103,34 @@ def is_placed(expression: Expr) -> bool:
     if isinstance(expression, TokenPosition):
         return True
     return any(is_placed(arg) for arg in expression.args if isinstance(arg, Expr))
+
+
+def joined(
+    factors: Sequence[Expr], over: frozenset[Idx]
+) -> tuple[tuple[Expr, ...], frozenset[Idx]]:
+    """A product below a sum with one of its factors, a sum that writes, opened into it.
+
+    Where a parameter writes what was computed for every index of the outer sum, and another factor weighs that
+    index, the weight goes to the narrow side first: sum_a g_a sum_r Q_ard v_ar is sum_ar Q_ard (g_a v_ar).
+    """
+    for place, factor in enumerate(factors):
+        others = (*factors[:place], *factors[place + 1 :])
+        if not isinstance(factor, Sum) or not _writes(factor, over):
+            continue
+        bound = frozenset(limit[0] for limit in factor.limits)
+        taken = over.union(*map(free_indices, others))
+        weighed = any(moves_with_token(f) and free_indices(f) & over for f in others)
+        if weighed and not bound & taken and not any(map(is_seq, bound)):
+            return (*others, *Mul.make_args(factor.function)), over | bound
+    return tuple(factors), over
+
+
+def _writes(factor: Sum, over: frozenset[Idx]) -> bool:
+    """Whether a parameter with an index of its own contracts what moves and is no entry of an input."""
+    parts = Mul.make_args(factor.function)
+    weights = [p for p in parts if isinstance(p, Indexed) and isinstance(p.base, Parameter)]
+    moving = [p for p in parts if moves_with_token(p)]
+    own = frozenset().union(*map(free_indices, weights)) - frozenset().union(
+        *map(free_indices, moving)
+    )
+    return bool(own - over) and not any(isinstance(p, Indexed) for p in moving)
