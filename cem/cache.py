@@ -32,35 +32,41 @@ class Cache:
         sample: tuple[Tensor | None, ...],
         max_seq: int,
         window: int | None,
+        places: Tensor | None,
     ) -> None:
-        self.kinds, self.max_seq, self.length = kinds, max_seq, 0
+        self.kinds, self.max_seq, self.length, self.oldest = kinds, max_seq, 0, 0
         self.window = window if window is not None and window < max_seq else None
         self.room = self.window or max_seq
-        self.tensors: list[Tensor | None] = [None] * len(kinds)
-        for n, (kind, one) in enumerate(zip(kinds, sample, strict=True)):
-            if kind == "append":
-                self.tensors[n] = one.new_zeros(*one.shape[:2], self.room, one.shape[-1])
-            elif kind == "state":
-                self.tensors[n] = torch.zeros_like(one[:, :, 0])
-        self.index = torch.empty(0, dtype=torch.long)
-        self.positions: Tensor | None = None
-        self.oldest = 0
+        self.tensors = [
+            self._empty(one) if kind == "append" else torch.zeros_like(one[:, :, 0])
+            for kind, one in zip(kinds, sample, strict=True)
+            if kind != "new"
+        ]
+        first = self.tensors[0]
+        self.batch = first.shape[0]
+        self.positions = None
+        if places is not None:
+            self.positions = self._empty(places.new_zeros(self.batch, 1, 1, 1))
+        # Which tokens a ring holds; without one it is all of them, in order.
+        self.index = None
+        if self.window is not None:
+            self.index = self._empty(first.new_zeros(1, 1, 1, 1, dtype=torch.long))
+
+    def _empty(self, one: Tensor) -> Tensor:
+        return one.new_zeros(*one.shape[:2], self.room, one.shape[-1])
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def has_states(self) -> bool:
         return "state" in self.kinds
 
-    @property
-    def batch(self) -> int:
-        return next(t.shape[0] for t in self.tensors if t is not None)
-
     def states(self) -> tuple[Tensor, ...] | None:
         """What the seen tokens left to each linear attention."""
-        found = [t for t, kind in zip(self.tensors, self.kinds, strict=True) if kind == "state"]
+        kept = [kind for kind in self.kinds if kind != "new"]
+        found = [t for t, kind in zip(self.tensors, kept, strict=True) if kind == "state"]
         return tuple(found) if found else None
 
     def extend(self, seen: Seen, new: tuple[Tensor | None, ...], count: int) -> tuple[tuple, Seen]:
@@ -69,71 +75,55 @@ class Cache:
         Returns everything that is held, in the order of ``new``, and what is seen now: positions and mask of the
         tokens held.
         """
-        fresh = torch.arange(self.length, self.length + count)
-        held = len(self.index)
-        whole = held + count <= self.room
-        in_place = whole or count == 1
-        start = held if whole else self.oldest
-        values: list[Tensor | None] = []
-        for n, (kind, one) in enumerate(zip(self.kinds, new, strict=True)):
-            tensor = self.tensors[n]
-            if kind == "append" and in_place:
-                tensor[:, :, start : start + count] = one.detach()
-                values.append(tensor[:, :, : held + count] if whole else tensor)
-            elif kind == "append":
-                both = torch.cat([tensor[:, :, :held], one.to(tensor.dtype)], 2)
-                tensor[:, :, : self.room] = both[:, :, -self.room :].detach()
-                values.append(both)
+        values, place = [], 0
+        for kind, one in zip(self.kinds, new, strict=True):
+            if kind == "append":
+                values.append(self._append(self.tensors[place], one))
             else:
                 values.append(one)
-                if kind == "state":
-                    self.tensors[n] = one[:, :, -1].detach()
-        places = seen.context_position
-        if in_place and not whole:
-            index = self.index.clone()
-            index[start] = fresh[0]
-            if places is not None:
-                # A copy, since the program may still hold the old ones.
-                self.positions = self.positions.expand(
-                    max(len(places), len(self.positions)), -1
-                ).clone()
-                self.positions[:, start] = places[:, 0]
-            places = self.positions
-            self.oldest = (self.oldest + 1) % self.room
-        else:
-            index = torch.cat([self.index, fresh])
-            if places is not None and self.positions is not None:
-                rows = max(len(places), len(self.positions))
-                places = torch.cat([self.positions.expand(rows, -1), places.expand(rows, -1)], 1)
+            if kind == "state":
+                self.tensors[place] = one[:, :, -1].detach()
+            place += kind != "new"
+        if self.positions is not None:
+            own = seen.context_position.expand(self.batch, -1)[:, None, :, None]
+            seen = seen._replace(context_position=self._append(self.positions, own)[:, 0, :, 0])
+        if self.index is not None:
+            own = torch.arange(self.length, self.length + count, device=self.index.device)
+            index = self._append(self.index, own[None, None, :, None]).flatten()
+            if seen.visible is not None:
+                seen = seen._replace(visible=seen.visible[..., index])
+        full = self.length + count > self.room
+        self.oldest = (self.oldest + 1) % self.room if full and count == 1 else 0
         self.length += count
-        self.index, self.positions = index[-self.room :], places
-        if places is not None:
-            self.positions = places[:, -self.room :]
-        if not in_place:
-            self.oldest = 0
-        visible = seen.visible
-        if visible is not None and len(index) < visible.shape[-1]:
-            visible = visible[..., index.to(visible.device)]
-        return tuple(values), seen._replace(context_position=places, visible=visible)
+        return tuple(values), seen
+
+    def _append(self, tensor: Tensor, one: Tensor) -> Tensor:
+        """Put new tokens behind those held, or in place of the oldest; returns all that the new ones may see."""
+        held, count = min(self.length, self.room), one.shape[2]
+        if held + count <= self.room:
+            tensor[:, :, held : held + count] = one.detach()
+            return tensor[:, :, : held + count]
+        if count == 1:
+            tensor[:, :, self.oldest : self.oldest + 1] = one.detach()
+            return tensor
+        both = torch.cat([tensor[:, :, :held].roll(-self.oldest, 2), one.to(tensor.dtype)], 2)
+        tensor.copy_(both[:, :, -self.room :].detach())
+        return both
 
     def reorder(self, rows: Tensor) -> None:
         """Take the sequences in another order, (B,) whole numbers, as a beam search does."""
-        self.tensors = [
-            None if t is None else t.index_select(0, rows.to(t.device)) for t in self.tensors
-        ]
-        if self.positions is not None and len(self.positions) > 1:
+        self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
+        if self.positions is not None:
             self.positions = self.positions.index_select(0, rows.to(self.positions.device))
 
     def crop(self, length: int) -> None:
         """Forget all but the first tokens; ``ValueError`` where they cannot be told apart any more."""
-        if self.has_states or len(self.index) < self.length or not 0 <= length <= self.length:
+        if self.has_states or self.length > self.room or not 0 <= length <= self.length:
             raise ValueError(
                 f"a cache of {self.length} tokens cannot go back to {length}: a state or a ring has let go of the"
-                " past; begin with `layer.init_cache(batch, max_seq)`"
+                " past, or it never was there; begin with `layer.init_cache(batch, max_seq)`"
             )
-        self.length, self.index = length, self.index[:length]
-        if self.positions is not None:
-            self.positions = self.positions[:, :length]
+        self.length = length
 
     def __repr__(self) -> str:
         ring = "" if self.window is None else f", window={self.window}"
@@ -168,7 +158,7 @@ def new_cache(layer, batch: int, max_seq: int) -> Cache:
         _, g, seen = layer.reader(layer.norm, h, past=0)
         states = (None,) * len(decoding.kinds) if "state" in decoding.kinds else None
         new = decoding.context(g, g, *seen._replace(states=states), *layer.values())
-    return Cache(decoding.kinds, new, max_seq, decoding.window)
+    return Cache(decoding.kinds, new, max_seq, decoding.window, seen.context_position)
 
 
 def decode(

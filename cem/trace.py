@@ -222,6 +222,10 @@ def _record(layer: EnergyLayer, name: str, records: list[_Recording], after: boo
     """A stand-in for the layer's ``begin`` whose objective also writes down energies."""
 
     def begin(h: Tensor, **inputs):
+        if inputs.pop("cache", None) is not None:
+            raise ValueError(
+                f"`trace` sees whole sequences: layer `{name}` was called with a cache; call the model without it"
+            )
         lowering = layer.lowering
         dense = lowering.gradient_and_energy.needs_mask or lowering.energy.needs_mask
         h, first = type(layer).begin(layer, h, dense=dense, kind=_Recorded, **inputs)

@@ -69,8 +69,7 @@ def test_a_window_is_a_ring(name):
     for cuts in ((1,) * 11, (5, 1, 1, 4), (2, 1, 1, 1, 6), (11,), (1, 1, 3, 1, 1, 4)):
         found, cache = decoded(layer, h, cuts)
         assert_close(found, layer(h), 1e-12)
-        held = [tensor for tensor in cache.tensors if tensor is not None]
-        assert cache.window == 3 and all(tensor.shape[2] == 3 for tensor in held)
+        assert cache.window == 3 and all(tensor.shape[2] == 3 for tensor in cache.tensors)
 
 
 def test_sinks_are_kept():
@@ -87,9 +86,27 @@ def test_two_windows_keep_the_longer():
     wide = cem.Energy(lse(SCORE + cem.only(t - u < 5)), name="wide")
     layer = cem.derive(other + wide, dim=12, heads=2, rank=6, b2=0.4, dtype=torch.float64)
     h = torch.randn(1, 9, 12, dtype=torch.float64)
-    found, cache = decoded(layer, h, (4, 1, 1, 3))
-    assert cache.window == 5
-    assert_close(found, layer(h), 1e-12)
+    for cuts in ((4, 1, 1, 3), (1,) * 9, (1, 1, 1, 1, 1, 1, 2, 1), (6, 1, 2), (2, 2, 2, 1, 2)):
+        found, cache = decoded(layer, h, cuts)
+        assert cache.window == 5
+        assert_close(found, layer(h), 1e-12)
+
+
+def test_a_ring_turned_by_pieces_of_any_length():
+    """After single tokens have turned the ring, a short piece keeps the latest and not the last in storage."""
+    generator = torch.Generator().manual_seed(0)
+    energy = cem.Energy(lse(TURNED + cem.only(t - u < 5)), name="ring")
+    layer = cem.derive(energy, dim=12, heads=2, rank=6, dtype=torch.float64)
+    h = torch.randn(1, 23, 12, dtype=torch.float64)
+    visible = torch.rand(1, 23, generator=generator) < 0.7
+    for _ in range(20):
+        cuts = []
+        while sum(cuts) < 23:
+            most = min(4, 23 - sum(cuts))
+            cuts.append(int(torch.randint(1, most + 1, (), generator=generator)))
+        assert_close(decoded(layer, h, cuts, max_seq=23)[0], layer(h), 1e-12)
+        hidden = decoded(layer, h, cuts, max_seq=23, visible=visible)[0]
+        assert_close(hidden, layer(h, visible=visible), 1e-12)
 
 
 def test_positions_and_left_padding():
@@ -153,6 +170,15 @@ def test_rules_with_momentum(rule):
     layer = layer.double()
     h = torch.randn(2, 7, 12, dtype=torch.float64)
     assert_close(decoded(layer, h, (3, 1, 3))[0], layer(h), 1e-12)
+
+
+def test_a_trace_sees_whole_sequences():
+    layer = Case(energies.interaction, ()).derive()
+    h = torch.randn(1, 3, 12, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match="sees whole sequences: layer `interaction` was called with a"
+    ):
+        cem.trace(layer, h, cache=layer.init_cache(1, 4))
 
 
 def test_what_a_cache_refuses():
