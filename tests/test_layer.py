@@ -324,6 +324,28 @@ def test_compiled(case):
     assert_same(gradients(compiled, layer, inputs), gradients(layer, layer, inputs), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grouped_interaction",
+        "rotary_interaction",
+        "alibi_interaction",
+        "sliding_window_interaction_3",
+        "relative_interaction",
+        "sink_interaction",
+        "squared_interaction",
+        "sparse_memory",
+    ],
+)
+def test_one_graph(name):
+    case = next(case for case in ENERGIES if case.name == name)
+    layer, inputs = case.derive(), case.inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(compiled, layer, inputs), gradients(layer, layer, inputs), 1e-12)
+
+
 def test_compiled_by_the_default_backend():
     case = CONTEXT[1]
     layer = case.derive().float()
