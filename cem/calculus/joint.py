@@ -76,12 +76,10 @@ def _receive(body: Expr, s: Idx, state: State, outer: frozenset[Idx]) -> Expr:
                 turned = _receive(factor.body * others, s, state, outer)
                 where = _as_receiver(factor.position, s, state)
                 return Rope(turned, factor.index, where, *factor.args[3:])
-            fixed = [f for f in Mul.make_args(others) if not _moves(f)]
-            if fixed and factor.index not in free_indices(
-                Mul(*set(Mul.make_args(others)) - set(fixed))
-            ):
-                rest = Mul(*(f for f in Mul.make_args(others) if f not in fixed))
-                outside = _as_receiver(Mul(*fixed), s, state)
+            fixed = Mul(*(f for f in Mul.make_args(others) if not _moves(f)))
+            rest = Mul(*(f for f in Mul.make_args(others) if _moves(f)))
+            if fixed != 1 and factor.index not in free_indices(rest):
+                outside = _as_receiver(fixed, s, state)
                 return outside * _receive(factor * rest, s, state, outer)
     inside = [factor for factor in factors if _moves(factor)]
     outside = [factor for factor in factors if not _moves(factor)]
