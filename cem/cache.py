@@ -63,6 +63,41 @@ class Cache:
     def has_states(self) -> bool:
         return "state" in self.kinds
 
+    def past(self, count: int) -> int:
+        """How many tokens stand before ``count`` new ones in what :meth:`extend` returns."""
+        return self.length
+
+    def check(
+        self,
+        name: str,
+        batch: int,
+        count: int,
+        *,
+        visible: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Refuse, with ``ValueError``, what cannot be taken in."""
+        if self.has_states and visible is not None:
+            raise ValueError(
+                f"layer `{name}` keeps sums over all tokens it has seen, so none can be hidden later: got `visible`"
+                " with a cache; leave it out"
+            )
+        if self.length + count > self.max_seq:
+            raise ValueError(
+                f"the cache of layer `{name}` holds {self.max_seq} tokens: got {count} more after {self.length};"
+                f" type `layer.init_cache(batch, {2 * self.max_seq})`"
+            )
+        if self.window and positions is not None and (positions.diff(dim=-1) < 1).any():
+            raise ValueError(
+                f"the cache of layer `{name}` is a ring of {self.window} tokens, which needs positions that grow: got"
+                " `positions` that do not"
+            )
+        if batch != self.batch:
+            raise ValueError(
+                f"the cache of layer `{name}` is for {self.batch} sequences: got {batch}; type"
+                f" `layer.init_cache({batch}, max_seq)`"
+            )
+
     def states(self) -> tuple[Tensor, ...] | None:
         """What the seen tokens left to each linear attention."""
         kept = [kind for kind in self.kinds if kind != "new"]
@@ -171,29 +206,10 @@ def decode(
             raise ValueError(
                 f"layer `{name}` takes its context from the cache: got `{what}`; call it without `{what}`"
             )
-    if cache.has_states and inputs.get("visible") is not None:
-        raise ValueError(
-            f"layer `{name}` keeps sums over all tokens it has seen, so none can be hidden later: got `visible` with"
-            " a cache; leave it out"
-        )
-    if cache.length + count > cache.max_seq:
-        raise ValueError(
-            f"the cache of layer `{name}` holds {cache.max_seq} tokens: got {count} more after {cache.length};"
-            f" type `layer.init_cache(batch, {2 * cache.max_seq})`"
-        )
-    positions = inputs.get("positions")
-    if cache.window is not None and positions is not None and (positions.diff(dim=-1) < 1).any():
-        raise ValueError(
-            f"the cache of layer `{name}` is a ring of {cache.window} tokens, which needs positions that grow: got"
-            " `positions` that do not"
-        )
-    dense = layer.dense or (decoding.counts and cache.length > 0)
-    h, g, seen = layer.reader(layer.norm, h, dense=dense, past=cache.length, **inputs)
-    if len(h) != cache.batch:
-        raise ValueError(
-            f"the cache of layer `{name}` is for {cache.batch} sequences: got {len(h)}; type"
-            f" `layer.init_cache({len(h)}, max_seq)`"
-        )
+    cache.check(name, h.shape[:-2].numel(), count, **inputs)
+    past = cache.past(count)
+    dense = layer.dense or (decoding.counts and past > 0)
+    h, g, seen = layer.reader(layer.norm, h, dense=dense, past=past, **inputs)
     values, seen = layer.values(), seen._replace(states=cache.states())
     new = decoding.context(g, g, *seen, *values)
     held, seen = cache.extend(seen, new, count)
