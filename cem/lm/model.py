@@ -1,70 +1,302 @@
-"""A small language model whose blocks are energy layers."""
+"""A language model whose blocks are energy layers, as a model of transformers.
 
-from collections.abc import Sequence
+Legend: B batch, T tokens, S tokens so far, D dim, V vocabulary, L blocks.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from cem.layer import EnergyLayer
+
+from .cache import HeldByTransformers
+from .config import CEMConfig
+from .layers import Residual, derived, llama_part
+
+# transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class LanguageModel(nn.Module):
-    """Tokens in, scores of the next token out; each layer moves the states down its own energy.
+class CEMBlock(GradientCheckpointingLayer):
+    """The parts of one block, one after the other on the state (B, T, D)."""
 
-        h_0 = embedding[token] + position + sum_k earlier_k[token k places before]
-        h_l = layer_l(h_{l-1})
-        scores = norm(h_L) embedding^T
+    def __init__(self, config: CEMConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.parts = nn.ModuleDict()
+        for place, description in enumerate(config.blocks[index]):
+            if "module" in description:
+                part, name = llama_part(description, config, index), description["module"]
+            else:
+                where = f"block {index}, part {place}"
+                part = derived(description, config.hidden_size, config.norm_eps, where)
+                name = description.get("name", part.energy_function.name)
+                # How each module of the layer is drawn afresh, for weights that a checkpoint lacks.
+                for path, inner in part.named_modules():
+                    inner.drawn = partial(_drawn, description, part.dim, config.norm_eps, path)
+            while name in self.parts:
+                name += "_"
+            self.parts[name] = part
+        looking = [name for name, part in self.parts.items() if has_context(part)]
+        if len(looking) > 1:
+            raise ValueError(
+                f"block {index} has {len(looking)} parts with a context, {' and '.join(looking)}, but a cache has one"
+                " entry a block; put them into blocks of their own"
+            )
 
-    Legend: B batch, T tokens, D dim, V vocabulary, L layers.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        positions: Tensor,
+        places: Tensor | None = None,
+        past: int = 0,
+        padded: bool = True,
+        cache=None,
+        **kwargs,
+    ) -> Tensor:
+        h = hidden_states
+        for part in self.parts.values():
+            if isinstance(part, Residual):
+                if part.context:
+                    turns = part.rotary(h, positions)
+                    inputs = {"attention_mask": mask, "position_embeddings": turns, CACHE: cache}
+                    h = part(h, **inputs, **kwargs)
+                else:
+                    h = part(h)
+                continue
+            inputs = {}
+            if part.energy_function.has_positions:
+                inputs["positions"] = positions
+            if has_context(part):
+                inputs["visible"] = visible
+                if cache is not None:
+                    kinds = part.lowering.decoding.kinds
+                    if "state" in kinds and not padded:
+                        del inputs["visible"]
+                    inputs["cache"] = HeldByTransformers(cache, self.index, kinds, past, places)
+            h = part(h, **inputs)
+        return h
 
-    Args:
-        vocab: the number of different tokens, V.
-        dim: the width of the state, D.
-        layers: modules from (B, T, D) to (B, T, D), run in order. A layer that was made by
-            ``cem.derive(energy, norm=...)`` holds its own norm and its own residual.
-        max_seq: the longest sequence; each position up to it has a learned vector.
-        recent: how many of the last tokens the first state is made of, the token itself included.
-            More than one tells a layer without relative positions what stands right before.
 
-    Example:
-        >>> model = LanguageModel(256, 32, [nn.Identity()], max_seq=16)
-        >>> model(torch.zeros(2, 16, dtype=torch.uint8)).shape
-        torch.Size([2, 16, 256])
+def _drawn(description: dict, dim: int, eps: float, path: str) -> nn.Module:
+    return derived(description, dim, eps).get_submodule(path)
+
+
+def has_context(part: nn.Module) -> bool:
+    """Whether a part of a block looks at other tokens."""
+    return part.context if isinstance(part, Residual) else part.energy_function.context is not None
+
+
+class CEMPreTrainedModel(PreTrainedModel):
+    config_class = CEMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CEMBlock"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CEMBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        drawn = getattr(module, "drawn", None)
+        if drawn is None:
+            return super()._init_weights(module)
+        if parameters := list(module.parameters(recurse=False)):
+            with torch.device("cpu"):
+                fresh = drawn().parameters(recurse=False)
+            for parameter, value in zip(parameters, fresh, strict=True):
+                init.copy_(parameter, value)
+
+
+class CEMModel(CEMPreTrainedModel):
+    """Embedding, blocks and norm: from tokens to the states before the head.
+
+        h_0 = embedding[token],   h_l = block_l(h_{l-1}),   out = norm(h_L)
+
+    >>> import torch
+    >>> config = CEMConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)
+    >>> CEMModel(config)(torch.arange(5)[None]).last_hidden_state.shape
+    torch.Size([1, 5, 16])
     """
 
-    def __init__(
-        self, vocab: int, dim: int, layers: Sequence[nn.Module], max_seq: int, *, recent: int = 1
-    ):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab, dim)
-        self.earlier = nn.ModuleList(nn.Embedding(vocab, dim) for _ in range(1, recent))
-        self.position = nn.Parameter(torch.empty(max_seq, dim))
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(dim)
-        # The embedding also scores, so it starts small: the first guess is close to uniform.
-        for start in (self.position, self.embedding.weight, *self.earlier.parameters()):
-            nn.init.normal_(start, std=0.05)
+    def __init__(self, config: CEMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(CEMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores (log-odds) of the next token, shape (B, T, V), for integer tokens (B, T).
+    @cached_property
+    def _first(self) -> int | None:
+        """The first block that has something in a cache."""
+        blocks = (b.index for b in self.layers if any(map(has_context, b.parts.values())))
+        return next(blocks, None)
+
+    @cached_property
+    def _decodings(self) -> list:
+        """How the programs of the energy layers with a context are cut for a cache."""
+        parts = [p for b in self.layers for p in b.parts.values() if isinstance(p, EnergyLayer)]
+        return [part.lowering.decoding for part in parts if has_context(part)]
+
+    @cached_property
+    def _states(self) -> bool:
+        """Whether a layer keeps a state of linear attention."""
+        return any("state" in decoding.kinds for decoding in self._decodings)
+
+    def _held(self, cache, attention_mask: Tensor | None, count: int) -> tuple:
+        """How many tokens were seen, how many a cache gives back before new ones, and the positions of them all."""
+        if self._first is None:
+            return 0, 0, None
+        seen = cache.get_seq_length(self._first)
+        past = cache.get_mask_sizes(count, self._first)[0] - count
+        if not any(decoding.placed for decoding in self._decodings):
+            return seen, past, None
+        places = torch.arange(past + count, device=self.device)[None]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            known = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            places = torch.cat([known, places.expand(len(known), -1)[:, known.shape[1] :]], 1)
+        return seen, past, places
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """States before the head.
+
+        Args:
+            input_ids: tokens, (B, T); or ``inputs_embeds`` (B, T, D).
+            attention_mask: (B, S), 0 at padding, or a mask (B, 1, T, S) that is already made.
+            position_ids: (B, T). Where they begin anew inside a row, a new document begins, whose tokens see
+                nothing of the one before.
+            cache: what ``generate`` keeps; earlier versions of transformers call it ``past_key_values``.
+            use_cache: make a cache if there is none.
 
         Raises:
-            ValueError: there are more than `max_seq` tokens.
+            ValueError: tokens and embeddings are both given, or neither.
         """
-        length, longest = tokens.shape[-1], len(self.position)
-        if length > longest:
-            raise ValueError(
-                f"the model reads at most {longest} tokens: got {length}; "
-                f"make it with `max_seq={length}`"
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`: got both or neither")
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        seen, past, places = 0, 0, None
+        if cache is not None:
+            seen, past, places = self._held(cache, attention_mask, h.shape[1])
+        if position_ids is None:
+            position_ids = seen + torch.arange(h.shape[1], device=h.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
+        visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
+        if mask is None and cache is not None and (isinstance(seen, Tensor) or past != seen):
+            # A cache with room to spare gives back more than there is.
+            latest = seen + torch.arange(h.shape[1], device=h.device)
+            visible = (torch.arange(past + h.shape[1], device=h.device) <= latest[:, None])[
+                None, None
+            ]
+        # States of linear attention need to know; everything else reads the mask.
+        padded = attention_mask is not None and (not self._states or not attention_mask.all())
+        for block in self.layers:
+            h = block(
+                h,
+                mask=mask,
+                visible=None if visible is None else visible[:, 0],
+                positions=position_ids,
+                places=places,
+                past=past,
+                padded=padded,
+                **{CACHE: cache},
             )
-        tokens = tokens.long()
-        h = self.embedding(tokens) + self.position[:length]  # (B, T, D)
-        for k, table in zip(range(1, length), self.earlier, strict=False):
-            h = h + F.pad(table(tokens[:, :-k]), (0, 0, k, 0))
-        for layer in self.layers:
-            h = layer(h)
-        return F.linear(self.norm(h), self.embedding.weight)  # (B, T, V)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(h), **{CACHE: cache})
 
-    def losses(self, windows: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of each next token in nats, shape (B, T), for windows (B, T + 1)."""
-        scores = self(windows[:, :-1])
-        return F.cross_entropy(scores.mT, windows[:, 1:].long(), reduction="none")
+
+class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
+    """A :class:`CEMModel` with a head: scores of the next token, the loss, and ``generate``.
+
+    >>> import torch
+    >>> model = CEMForCausalLM(CEMConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)).eval()
+    >>> tokens = torch.arange(5)[None]
+    >>> model(tokens, labels=tokens).loss.shape
+    torch.Size([])
+    >>> model.generate(tokens, max_new_tokens=3, do_sample=False).shape
+    torch.Size([1, 8])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: CEMConfig) -> None:
+        super().__init__(config)
+        self.model = CEMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Scores (log-odds) of the next token, (B, T, V), and the mean cross entropy in nats if there are labels.
+
+        Args:
+            labels: (B, T), the tokens themselves, which are compared with the scores one place before; -100 where
+                nothing is to be predicted.
+            logits_to_keep: compute the scores of the last tokens only, or of those with the given places.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+        )

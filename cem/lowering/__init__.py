@@ -95,7 +95,7 @@ class Decoding:
 
     ``context`` gives what is to be kept of new tokens as a tuple, ``gradient`` takes what is held after the
     parameters. ``kinds`` says of each whether it is appended, a state, or new; ``window`` and ``counts`` as in
-    :class:`~cem.lowering.program.Program`.
+    :class:`~cem.lowering.program.Program`. ``placed`` says whether ``gradient`` reads the positions of the context.
     """
 
     context: Callable[..., tuple]
@@ -103,6 +103,7 @@ class Decoding:
     kinds: tuple[str, ...]
     window: int | None
     counts: bool
+    placed: bool
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ class Fused(Lowering):
             kinds,
             program.window,
             program.counts,
+            any(n.target == "context_position" and n.users for n in repeat.nodes),
         )
 
     @cached_property

@@ -1,0 +1,17 @@
+"""The classes of Hugging Face, known to its Auto classes.
+
+>>> import transformers, cem.hf
+>>> config = cem.hf.CEMConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1)
+>>> type(transformers.AutoModelForCausalLM.from_config(config)).__name__
+'CEMForCausalLM'
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from cem.lm.config import CEMConfig as CEMConfig
+from cem.lm.model import CEMForCausalLM as CEMForCausalLM
+from cem.lm.model import CEMModel as CEMModel
+
+AutoConfig.register("cem", CEMConfig, exist_ok=True)
+AutoModel.register(CEMConfig, CEMModel, exist_ok=True)
+AutoModelForCausalLM.register(CEMConfig, CEMForCausalLM, exist_ok=True)

@@ -1,0 +1,144 @@
+"""A cache of transformers as the cache of an energy layer.
+
+Legend: B batch, H heads, T new tokens, S tokens held, E features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from cem.inputs import Seen
+
+
+class HeldByTransformers:
+    """One layer of a ``transformers.Cache`` with the methods of :class:`cem.cache.Cache`.
+
+    Tied attention keeps one tensor: it is held as the keys (B, H, S, E), beside values (B, H, S, 0) without
+    content. So every kind of cache that transformers has works as it does for any model: dynamic, static, offloaded,
+    with the reordering of beams and the cropping of assisted decoding. States of linear attention are held by a
+    :class:`StateLayer` that takes the place of the layer.
+
+    Args:
+        cache: the cache of the model.
+        index: of the block.
+        kinds: what the layer's program keeps, ``layer.lowering.decoding.kinds``.
+        past: how many earlier tokens the cache gives back with new ones.
+        places: positions of all tokens that it gives back, (B or 1, S), or None.
+    """
+
+    def __init__(self, cache, index: int, kinds: tuple[str, ...], past: int, places: Tensor | None):
+        self.cache, self.index, self.kinds = cache, index, kinds
+        self.seen, self.places = past, places
+        if "state" in kinds and not isinstance(cache.layers[index], StateLayer):
+            cache.layers[index] = StateLayer(cache.layers[index])
+
+    def past(self, count: int) -> int:
+        return self.seen
+
+    def check(self, name: str, batch: int, count: int, *, visible=None, positions=None) -> None:
+        if "state" in self.kinds and visible is not None:
+            raise ValueError(
+                f"layer `{name}` keeps sums over all tokens it has seen, so padding cannot be hidden later: got a mask"
+                " with a cache; type `use_cache=False`, or generate for prompts of one length"
+            )
+
+    def states(self) -> tuple[Tensor | None, ...] | None:
+        kept = [kind for kind in self.kinds if kind == "state"]
+        if not kept:
+            return None
+        return tuple(self.cache.layers[self.index].states or (None,) * len(kept))
+
+    def extend(self, seen: Seen, new: tuple[Tensor | None, ...], count: int) -> tuple[tuple, Seen]:
+        appended = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "append"]
+        if appended:
+            held = iter(self._append(appended))
+        values = [
+            next(held) if kind == "append" else one
+            for one, kind in zip(new, self.kinds, strict=True)
+        ]
+        states = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "state"]
+        if states:
+            layer = self.cache.layers[self.index]
+            layer.length += count
+            layer.states = [one[:, :, -1].detach() for one in states]
+        if seen.context_position is not None and self.places is not None:
+            seen = seen._replace(context_position=self.places.to(seen.context_position.dtype))
+        return tuple(values), seen
+
+    def _append(self, new: list[Tensor]) -> list[Tensor]:
+        """All that is held of each tensor, the new tokens (B, H, T, E) behind the earlier ones."""
+        batch = max(len(one) for one in new)
+        new = [one.expand(batch, -1, -1, -1) for one in new]
+        shapes = [(one.shape[1], one.shape[3]) for one in new]
+        if len(new) > 1:
+            folded = torch.cat([one.transpose(1, 2).flatten(2) for one in new], -1)[:, None]
+        else:
+            folded = new[0]
+        held, _ = self.cache.update(folded, folded[..., :0], self.index)
+        if len(new) == 1:
+            return [held]
+        widths = [heads * features for heads, features in shapes]
+        parts = held[:, 0].split(widths, -1)
+        return [
+            part.unflatten(-1, shape).transpose(1, 2)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+
+
+class StateLayer(CacheLayerMixin):
+    """A layer of a ``transformers.Cache`` that holds states of linear attention, whose size does not grow.
+
+    Attributes:
+        inner: the layer whose place it takes; it holds what does grow.
+        states: one tensor (B, H, ...) a linear attention.
+        length: how many tokens were seen.
+    """
+
+    is_sliding = False
+
+    def __init__(self, inner: CacheLayerMixin) -> None:
+        super().__init__()
+        self.inner, self.states, self.length = inner, [], 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.inner.lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        return self.inner.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.states, self.length = [], 0
+        self.inner.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a state of linear attention cannot forget its last tokens: got `crop` on it; generate without an"
+                " assistant"
+            )
+
+    def _map(self, function, inner: str, *arguments) -> None:
+        self.states = [function(state) for state in self.states]
+        getattr(self.inner, inner)(*arguments)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda s: s.index_select(0, beam_idx.to(s.device)), "reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda s: s.repeat_interleave(repeats, 0), "batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda s: s[indices], "batch_select_indices", indices)

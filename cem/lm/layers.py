@@ -1,0 +1,223 @@
+"""From the description of a layer, plain data as in a JSON file, to the layer.
+
+Nothing in a description is evaluated: it names energies, update rules, preconditioners and norms in tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+import cem
+
+RULES = {
+    rule.__name__: rule for rule in (cem.GradientDescent, cem.Momentum, cem.Nesterov, cem.Newton)
+}
+PRECONDITIONERS = {
+    part.__name__: part
+    for part in (cem.ScaledIdentity, cem.Diagonal, cem.DiagonalPlusLowRank, cem.BlockDiagonal)
+}
+NORMS = {norm.__name__: norm for norm in (nn.RMSNorm, nn.LayerNorm)}
+OPTIONS = (
+    "energy",
+    "name",
+    "norm",
+    "update",
+    "preconditioner",
+    "init",
+    "learn",
+    "steps",
+    "refresh",
+)
+
+
+def energy_of(description: Mapping[str, Any], where: str) -> cem.Energy:
+    """The energy that a description names, from the gallery or from its own JSON.
+
+    Raises:
+        ValueError: no energy of the gallery has that name.
+    """
+    named = description["energy"]
+    if isinstance(named, Mapping):
+        return cem.Energy.from_json(json.dumps(named))
+    found = getattr(cem.energies, named, None) if isinstance(named, str) else None
+    if not isinstance(found, cem.Energy):
+        known = [n for n in dir(cem.energies) if isinstance(getattr(cem.energies, n), cem.Energy)]
+        raise _unknown(f"{where}: an energy", named, known)
+    return found
+
+
+def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "layer"):
+    """The :class:`~cem.EnergyLayer` of a description.
+
+    A description is a mapping with the keys
+
+    - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives;
+    - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
+      ``rank`` and ``hidden`` that are missing are those of Llama, see :func:`usual_sizes`;
+    - ``norm``: ``"RMSNorm"`` (the default, without a gain), ``"LayerNorm"`` or None, or a mapping from such a name
+      to its arguments, ``{"RMSNorm": {"elementwise_affine": true}}``;
+    - ``update``: a rule by name, or a mapping from its name to its arguments; gradient descent with a learned step
+      size that starts at 1 if it is missing;
+    - ``preconditioner``: likewise; the identity if it is missing;
+    - ``init``: a factor on the standard deviations at which parameters start, or a mapping from their names to
+      factors;
+    - ``learn``, ``steps``, ``refresh``: as in :func:`cem.derive`.
+
+    Args:
+        description: the mapping.
+        dim: the width of the state.
+        eps: of the norm, where the description does not say.
+        where: begins the message of an error.
+
+    Raises:
+        ValueError: an unknown name or key, a missing size.
+
+    >>> derived({"energy": "interaction", "heads": 2, "rank": 4}, 8, 1e-6).lowering.kernels
+    ('matmul', 'sdpa')
+    >>> derived({"energy": "interactoin"}, 8, 1e-6)
+    Traceback (most recent call last):
+        ...
+    ValueError: layer: an energy is one of the gallery or its own JSON: got 'interactoin'; type 'interaction'
+    """
+    energy = energy_of(description, where)
+    options = {key: description[key] for key in ("learn", "steps", "refresh") if key in description}
+    names = {str(name) for name in (*energy.dims, *energy.scalars)} - {"dim"}
+    sizes = {key: value for key, value in description.items() if key not in OPTIONS}
+    for key in sizes:
+        if key not in names:
+            raise _unknown(f"{where}: a key", key, [*OPTIONS, *names])
+    usual = usual_sizes(dim, sizes.get("heads"))
+    sizes = {key: value for key, value in usual.items() if key in names} | sizes
+    norm = _made(description.get("norm", "RMSNorm"), NORMS, where, dim, eps=eps)
+    update = description.get("update", {"GradientDescent": {"step_size": 1.0, "learn": True}})
+    update = _made(update, RULES, where)
+    preconditioner = _made(description.get("preconditioner"), PRECONDITIONERS, where, dim)
+    try:
+        layer = cem.derive(
+            energy,
+            dim=dim,
+            norm=norm,
+            update=update,
+            preconditioner=preconditioner,
+            **sizes,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    scale_start(layer, description.get("init", 1.0), where)
+    return layer
+
+
+def usual_sizes(dim: int, heads: int | None = None) -> dict[str, int]:
+    """Heads of 64 and 8/3 ``dim`` hidden units, in multiples of 8: the sizes of a Llama block.
+
+    >>> usual_sizes(512)
+    {'heads': 8, 'rank': 64, 'hidden': 1368}
+    """
+    heads = heads or max(1, dim // 64)
+    return {"heads": heads, "rank": max(2, dim // heads), "hidden": -(-8 * dim // 24) * 8}
+
+
+class Residual(nn.Module):
+    """h + module(norm(h)): half of a Llama block, taken from transformers as it is.
+
+    Attributes:
+        context: whether other tokens are looked at.
+    """
+
+    def __init__(self, module: nn.Module, norm: nn.Module, context: bool) -> None:
+        super().__init__()
+        self.norm, self.module, self.context = norm, module, context
+
+    def forward(self, h: Tensor, **inputs) -> Tensor:
+        if not self.context:
+            return h + self.module(self.norm(h))
+        return h + self.module(self.norm(h), **inputs)[0]
+
+
+def llama_part(description: Mapping[str, Any], config, index: int) -> Residual:
+    """Attention or MLP of :class:`transformers.LlamaForCausalLM`, with the norm and the sum around it.
+
+    The keys of a description are ``module`` (``"attention"`` or ``"mlp"``), and ``heads``, ``kv_heads``,
+    ``rank`` (of a head), ``rope_theta``, or ``hidden``; sizes that are missing are those of :func:`usual_sizes`.
+
+    Args:
+        description: the mapping.
+        config: the :class:`~cem.lm.config.CEMConfig`.
+        index: of the block, where attention keeps its cache.
+
+    Raises:
+        ValueError: an unknown module or key.
+    """
+    from transformers.models.llama import modeling_llama as llama
+
+    kind, where = description["module"], f"block {index}"
+    known = {"attention": ["heads", "kv_heads", "rank", "rope_theta"], "mlp": ["hidden"]}
+    if kind not in known:
+        raise _unknown(f"{where}: a module", kind, list(known))
+    for key in set(description) - {"module", "name"}:
+        if key not in known[kind]:
+            raise _unknown(f"{where}: a key", key, known[kind])
+    sizes = usual_sizes(config.hidden_size, description.get("heads")) | dict(description)
+    its = llama.LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=sizes["hidden"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes.get("kv_heads"),
+        head_dim=sizes["rank"],
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.get("rope_theta", 10000.0)},
+        attn_implementation=config._attn_implementation,
+    )
+    norm = llama.LlamaRMSNorm(config.hidden_size, eps=config.norm_eps)
+    if kind == "mlp":
+        return Residual(llama.LlamaMLP(its), norm, False)
+    part = Residual(llama.LlamaAttention(its, index), norm, True)
+    part.rotary = llama.LlamaRotaryEmbedding(its)
+    return part
+
+
+def scale_start(layer: cem.EnergyLayer, init: float | Mapping[str, float], where: str) -> None:
+    """Multiply the parameters of the energy by the factors of ``init``, in place."""
+    parameters = {
+        str(p.name): getattr(layer, str(p.name)) for p in layer.energy_function.parameters
+    }
+    factors = init if isinstance(init, Mapping) else dict.fromkeys(parameters, init)
+    for name, factor in factors.items():
+        if name not in parameters:
+            raise _unknown(f"{where}: a parameter in `init`", name, list(parameters))
+        parameters[name].data.mul_(factor)
+
+
+def _made(description, table: Mapping[str, type], where: str, *arguments, eps: float | None = None):
+    """A module from its name, or from a mapping of its name to its arguments; None stays None."""
+    if description is None:
+        return None
+    if isinstance(description, str):
+        description = {description: {}}
+    if not isinstance(description, Mapping) or len(description) != 1:
+        raise ValueError(
+            f"{where}: a part is a name or one name with its arguments: got {description!r}; type"
+            f" `{next(iter(table))}`"
+        )
+    [(name, options)] = description.items()
+    if name not in table:
+        raise _unknown(f"{where}: a part", name, list(table))
+    if eps is not None:
+        options = {"eps": eps, "elementwise_affine": False, **options}
+    try:
+        return table[name](*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"{where}: `{name}` does not take {options}: {error}") from error
+
+
+def _unknown(what: str, got, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(str(got), known, 1, 0.3)
+    listed = "one of the gallery or its own JSON" if "energy" in what else f"one of {sorted(known)}"
+    return ValueError(f"{what} is {listed}: got {got!r}; type {(near or sorted(known))[0]!r}")

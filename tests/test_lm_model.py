@@ -1,0 +1,212 @@
+"""The language model: what a configuration says is what is built, and a cache changes nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import cem
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache  # noqa: E402
+
+from cem.hf import CEMConfig, CEMForCausalLM  # noqa: E402
+from cem.lm.model import CACHE  # noqa: E402
+from cem.lm.presets import SHAPES, preset  # noqa: E402
+
+ATTENTION = {"energy": "rotary_interaction", "heads": 2, "rank": 6}
+
+
+def model(block=None, seed=0, **options):
+    torch.manual_seed(seed)
+    block = [ATTENTION, {"energy": "gated_silu", "hidden": 10}] if block is None else block
+    config = CEMConfig(
+        vocab_size=31,
+        hidden_size=12,
+        num_hidden_layers=2,
+        block=block,
+        initializer_range=0.3,
+        **options,
+    )
+    return CEMForCausalLM(config).double().eval()
+
+
+def tokens(batch=2, length=11, seed=1):
+    return torch.randint(0, 31, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_a_model_of_llamas_parts_is_llama():
+    config = preset("llama-tiny", vocab_size=31, hidden_size=16, num_hidden_layers=2, head_dim=4)
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(config).eval()
+    parts = [
+        {"module": "attention", "heads": 4, "rank": 4},
+        {"module": "mlp", "hidden": config.intermediate_size},
+    ]
+    ours = CEMForCausalLM(
+        CEMConfig(vocab_size=31, hidden_size=16, num_hidden_layers=2, block=parts)
+    )
+    names = {
+        "attention.norm": "input_layernorm",
+        "mlp.norm": "post_attention_layernorm",
+        "attention.module": "self_attn",
+        "mlp.module": "mlp",
+    }
+    state = {}
+    for name in ours.state_dict():
+        its = name.replace("parts.", "")
+        for here, there in names.items():
+            its = its.replace(here, there)
+        state[name] = llama.state_dict()[its]
+    ours.load_state_dict(state)
+    ids = tokens()
+    assert torch.allclose(ours.eval()(ids).logits, llama(ids).logits, rtol=0, atol=1e-6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    one, other = (
+        m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        for m in (ours, llama)
+    )
+    assert torch.equal(one, other)
+
+
+def test_an_energy_by_name_and_by_its_own_json_is_one_layer():
+    described = json.loads(cem.energies.rotary_interaction.to_json())
+    named, written = model([ATTENTION]), model([{**ATTENTION, "energy": described}])
+    ids = tokens()
+    assert torch.equal(named(ids).logits, written(ids).logits)
+    assert "rotary_interaction" in named.model.layers[0].parts
+
+
+PARTS = {
+    "rotary": ATTENTION,
+    "alibi": {"energy": "alibi_interaction", "heads": 2, "rank": 6},
+    "buckets": {"energy": "relative_interaction", "heads": 2, "rank": 6, "buckets": 8},
+    "window": {"energy": "sliding_window_interaction", "heads": 2, "rank": 6},
+    "diagonal": {"energy": "diagonal_plus_low_rank", "heads": 2, "rank": 5},
+    "grouped": {"energy": "grouped_interaction", "groups": 2, "per_group": 2, "rank": 3},
+    "linear": {"energy": "gated_linear_attention", "heads": 2, "rank": 6},
+    "squared": {"energy": "squared_interaction"},
+    "recursion": {**ATTENTION, "steps": 3, "update": {"Momentum": {"step_size": 0.5}}},
+    "preconditioned": {**ATTENTION, "preconditioner": {"DiagonalPlusLowRank": {"rank": 2}}},
+    "llama": {"module": "attention", "heads": 2, "rank": 6},
+}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_pieces_with_a_cache_equal_the_whole(part, kind):
+    its = model([PARTS[part], {"energy": "gated_silu", "hidden": 10}])
+    ids = tokens()
+    whole = its(ids, use_cache=False).logits
+    cache = (
+        DynamicCache(config=its.config)
+        if kind == "dynamic"
+        else StaticCache(config=its.config, max_cache_len=16)
+    )
+    pieces = [
+        its(ids[:, at : at + n], **{CACHE: cache}).logits for at, n in ((0, 5), (5, 1), (6, 5))
+    ]
+    assert torch.allclose(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_cache_of_tied_attention_is_one_tensor():
+    its = model()
+    cache = DynamicCache(config=its.config)
+    its(tokens(), **{CACHE: cache})
+    layer = cache.layers[0]
+    assert layer.keys.shape == (2, 2, 11, 6)
+    assert layer.values.numel() == 0
+
+
+@torch.no_grad()
+def test_documents_that_begin_anew_do_not_see_each_other():
+    its = model()
+    ids = tokens(1, 11)
+    places = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    packed = its(ids, position_ids=places, use_cache=False).logits
+    alone = torch.cat([its(ids[:, :4]).logits, its(ids[:, 4:]).logits], 1)
+    assert torch.allclose(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_the_future_does_not_reach_the_past():
+    its, ids = model(), tokens()
+    other = ids.clone()
+    other[:, 7:] = (other[:, 7:] + 1) % 31
+    assert torch.equal(its(ids).logits[:, :7], its(other).logits[:, :7])
+
+
+def test_blocks_differ_where_the_configuration_says_so():
+    layers = [[ATTENTION], [{**ATTENTION, "heads": 3}, {"energy": "plain_gelu", "hidden": 7}]]
+    its = model(None, layers=layers)
+    assert its.model.layers[1].parts["rotary_interaction"].Q.shape == (3, 6, 12)
+    assert list(its.model.layers[1].parts) == ["rotary_interaction", "plain_gelu"]
+
+
+def test_a_factor_on_the_start_multiplies_what_was_drawn():
+    plain = model([ATTENTION])
+    scaled = model([{**ATTENTION, "init": {"Q": 2.0}}])
+    one, other = (m.model.layers[1].parts["rotary_interaction"] for m in (plain, scaled))
+    assert torch.equal(2 * one.Q, other.Q)
+    assert torch.equal(one.K, other.K)
+
+
+@pytest.mark.parametrize("size", ["tiny", "25m"])
+def test_a_preset_has_the_parameters_of_its_twin(size):
+    with torch.device("meta"):
+        counts = {
+            side: sum(p.numel() for p in kind(preset(side + size)).parameters())
+            for side, kind in (
+                ("", CEMForCausalLM),
+                ("half-", CEMForCausalLM),
+                ("llama-", LlamaForCausalLM),
+            )
+        }
+    shape = SHAPES[size]
+    gains = 2 * shape.layers * shape.dim  # Llama's norms have gains, ours one step size a part
+    assert counts["llama-"] - gains == counts[""] - 2 * shape.layers
+    halves = 2 * shape.layers * shape.dim**2
+    third = shape.layers * shape.hidden * shape.dim
+    assert counts[""] - counts["half-"] == halves + third
+
+
+WRONG = {
+    "name": (
+        {"energy": "rotary_interactoin"},
+        "block 0, part 0: an energy .* type 'rotary_interaction'",
+    ),
+    "key": ({**ATTENTION, "head": 2}, "a key is one of .* got 'head'; type 'heads'"),
+    "norm": ({**ATTENTION, "norm": "BatchNorm"}, "a part is one of .* got 'BatchNorm'"),
+    "update": (
+        {**ATTENTION, "update": {"GradientDescent": {"step": 1}}},
+        "`GradientDescent` does not take",
+    ),
+    "two": ({**ATTENTION, "update": {"Momentum": {}, "Newton": {}}}, "one name with its arguments"),
+    "size": ({"energy": "relative_interaction"}, "needs the size buckets"),
+    "init": ({**ATTENTION, "init": {"W": 1.0}}, "a parameter in `init` .* got 'W'"),
+    "module": ({"module": "convolution"}, "a module is one of"),
+    "llama": ({"module": "mlp", "heads": 2}, "a key is one of .* got 'heads'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_description_is_refused(case):
+    part, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        model([part])
+
+
+def test_a_block_that_looks_twice_is_refused():
+    with pytest.raises(ValueError, match="2 parts with a context"):
+        model([ATTENTION, copy.deepcopy(ATTENTION)])
+    with pytest.raises(ValueError, match="put brackets around"):
+        CEMConfig(block=ATTENTION)
+    with pytest.raises(ValueError, match="a preset is one of"):
+        preset("large")
+    with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
+        model()()
