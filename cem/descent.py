@@ -197,6 +197,12 @@ def steady(layer: Descending, names: tuple[str, ...]) -> tuple[str, ...]:
     return (*seen, *names, *(("frozen",) if layer.refresh == "layer" else ()))
 
 
+def is_still(layer: Descending) -> bool:
+    """Whether gradients are only taken where ``frozen(h)`` was, at the input of the layer."""
+    looks_ahead = type(layer.update).look is not AbstractUpdate.look
+    return layer.steps == 1 and not looks_ahead and not layer.update.needs
+
+
 def carried(layer: Descending, memory: Tensor, shape: torch.Size) -> Tensor:
     """A memory that fits the layer and its states; ``ValueError`` else."""
     name = layer.energy_function.name

@@ -108,6 +108,7 @@ class EnergyLayer(nn.Module):
         names = tuple(str(p.name) for p in self.energy_function.parameters)
         names += tuple(s.name for s in self._learned)
         options = {"kind": self._asked, "fixed": descent.steady(self, names), "joint": self.joint}
+        options["still"] = descent.is_still(self)
         lowering = lower(self.energy_function, self._sizes, self._fixed, names, **options)
         self.dense = descent.needs_dense(self, lowering)
         return lowering

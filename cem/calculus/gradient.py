@@ -18,6 +18,7 @@ from ..language.indices import LETTERS, free_indices, rename
 from ..language.positions import Rope
 from ..language.reductions import SmoothMaximum, Softmax
 from ..language.symbols import (
+    Frozen,
     NamedArray,
     Ravel,
     State,
@@ -67,6 +68,20 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     return canonical(
         Add(*(_scatter(leaf.indices[0], adjoint, free) for leaf, adjoint in sweep(energy)))
     )
+
+
+def where_frozen(gradient_: Expr, state: State) -> Expr:
+    """The gradient at the place where ``frozen(h)`` was taken: every frozen entry is the state's, in canonical form.
+
+    >>> from sympy import Sum
+    >>> import cem
+    >>> dim = cem.dims("dim")
+    >>> h, i = cem.state(dim), dim.index("i")
+    >>> where_frozen(gradient(canonical(Sum((h[i] - cem.frozen(h)[i])**2, i)), dim), h)
+    0
+    """
+    leaves = (leaf for leaf in gradient_.atoms(Indexed) if isinstance(leaf.base, Frozen))
+    return canonical(gradient_.xreplace({leaf: state[leaf.indices] for leaf in leaves}))
 
 
 def hessian_product(gradient_: Expr, width: Expr) -> Expr:

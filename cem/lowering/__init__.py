@@ -10,7 +10,7 @@ import torch
 from sympy import Expr, Idx, Symbol
 from torch import Tensor, fx
 
-from ..calculus.gradient import hessian_product, output_index
+from ..calculus.gradient import hessian_product, output_index, where_frozen
 from ..energy import INPUTS, Energy
 from ..language.conversion import as_expression
 from ..language.symbols import Scalar
@@ -44,11 +44,17 @@ class _Plan:
     scalars: Mapping[Scalar, float]
     names: tuple[str, ...]
     joint: bool = False
+    still: bool = False
 
     @property
     def force(self) -> Expr:
         """The derivative that the layer follows."""
         return self.energy.joint_gradient if self.joint else self.energy.gradient
+
+    @property
+    def step(self) -> Expr:
+        """The same at a state of the layer, where what is frozen may be the state itself."""
+        return where_frozen(self.force, self.energy.state) if self.still else self.force
 
     def program(self, expressions: Sequence[Expr], over: Idx | None = None, **options) -> Program:
         return program(Emitter(self.sizes, self.scalars, **options), expressions, over)
@@ -184,7 +190,7 @@ class Fused(Lowering):
 
     def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
         self.axis = output_index(plan.energy.width)
-        program = plan.program([plan.force], self.axis)
+        program = plan.program([plan.step], self.axis)
         self.plan = plan
         self.kernels = program.kernels
         self.reasons = program.reasons
@@ -301,26 +307,35 @@ def lower(
     kind: str = "auto",
     fixed: tuple[str, ...] = (),
     joint: bool = False,
+    still: bool = False,
 ) -> Lowering:
     """Choose how a layer computes dE/dh.
 
     ``names`` are the parameters and learned scalars in the order in which the functions take them, ``fixed`` the
     inputs that stay the same from step to step. ``"fused"`` raises ``LoweringError`` where only autograd is
     possible, ``"autograd"`` forces the reference, ``"auto"`` is fused where it can be. Equal layers share one
-    lowering. ``joint`` asks for the derivative of the energies of all tokens together.
+    lowering. ``joint`` asks for the derivative of the energies of all tokens together, ``still`` says that it is only
+    taken where ``frozen(h)`` is the state.
     """
     if kind not in ("auto", "fused", "autograd"):
         raise ValueError(
             f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
         )
-    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint)
+    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint, still)
 
 
 @lru_cache(maxsize=256)
 def _lower(
-    energy: Energy, sizes: tuple, scalars: tuple, names: tuple, kind: str, fixed: tuple, joint: bool
+    energy: Energy,
+    sizes: tuple,
+    scalars: tuple,
+    names: tuple,
+    kind: str,
+    fixed: tuple,
+    joint: bool,
+    still: bool,
 ) -> Lowering:
-    plan = _Plan(energy, dict(sizes), dict(scalars), names, joint)
+    plan = _Plan(energy, dict(sizes), dict(scalars), names, joint, still)
     if energy.expression is None:
         if kind == "fused":
             raise LoweringError(
