@@ -58,6 +58,7 @@ HEAVY = ("matplotlib", "tqdm", "transformers", "typer")
 # Modules that need an extra: their doctests are skipped where it is not installed.
 OPTIONAL = {
     "cem.hf": "transformers",
+    "cem.lm.data": "transformers",
     "cem.lm.tokenizer": "transformers",
 }
 
