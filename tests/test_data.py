@@ -111,8 +111,6 @@ def test_a_tokenizer_of_the_user(tmp_path):
     bare = data(tmp_path, tokenizer=str(tmp_path / "tokenizer.json")).prepare()
     assert bare.tokenizer.eos_token == tok.END and len(bare.tokenizer) == 2
     assert bare.train.tokens[-1] == bare.tokenizer.eos_token_id == 1
-    with pytest.raises(ValueError, match="no tokenizer 'gpt2': got no such name or file; type"):
-        data(tmp_path, tokenizer="gpt2").prepare()
 
 
 def test_prepared_data_say_what_they_are(tmp_path, monkeypatch):
@@ -124,6 +122,15 @@ def test_prepared_data_say_what_they_are(tmp_path, monkeypatch):
     prepared.about["missing"].append("sympy")
     assert "not installed and left out: sympy" in str(prepared)
     assert list(prepared.versions) == ["tokenizers"]
+
+
+def test_a_mistake_is_answered_before_the_work(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(ValueError, match="one to predict: got `context=1`; type `context=256`"):
+        data(tmp_path, context=1).prepare()
+    with pytest.raises(ValueError, match="no tokenizer 'gpt2': got no such name or file; type"):
+        data(tmp_path, tokenizer="gpt2").prepare()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_missing_package_is_named(monkeypatch):

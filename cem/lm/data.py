@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cem.lm.corpus import Corpus, read_corpus
-from cem.lm.packing import Packed, write_documents
+from cem.lm.packing import Packed, check_context, write_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,6 +71,7 @@ class Data:
                     f"`Data.prepare` needs the package `{package}`: got no such module; "
                     "type `pip install 'causal-energy-minimization[lm]'`"
                 )
+        check_context(self.context)
         spec = _tokenizer_spec(self.tokenizer)
         given = Path(self.source).expanduser()
         if (given / "data.json").is_file():

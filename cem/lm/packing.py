@@ -24,6 +24,15 @@ def write_documents(folder: Path, documents: Iterable[np.ndarray]) -> None:
     np.save(folder / "starts.npy", np.concatenate([[0], ends[:-1]]).astype(np.int64))
 
 
+def check_context(context: int) -> None:
+    """Refuse windows that are too short to predict anything, with a ValueError."""
+    if context < 2:
+        raise ValueError(
+            f"a window needs a token to read and one to predict: got `context={context}`; "
+            "type `context=256`"
+        )
+
+
 class Packed(Dataset):
     """Windows of `context` tokens over documents that stand one after another.
 
@@ -60,11 +69,7 @@ class Packed(Dataset):
     """
 
     def __init__(self, folder: Path, *, context: int, fill: int):
-        if context < 2:
-            raise ValueError(
-                f"a window needs a token to read and one to predict: got `context={context}`; "
-                "type `context=256`"
-            )
+        check_context(context)
         self.folder, self.context, self.fill = Path(folder), context, fill
         self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
         self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")
