@@ -5,6 +5,7 @@ Everything that is printed is measured in the run that prints it.
 Legend: B batch, T tokens, N windows or steps, L layers.
 """
 
+import glob
 import io
 import math
 import os
@@ -94,11 +95,12 @@ def run(
     """
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
-    corpus = lm.python_sources(text)
+    corpus = lm.read_corpus("stdlib" if text is None else f"{glob.escape(str(text))}/**/*.py")
+    train_bytes, held_out_bytes = lm.joined(corpus.train), lm.joined(corpus.held_out)
     source = f"Python {platform.python_version()} standard library" if text is None else text
     _say("text", f"{source}, digest {corpus.digest}")
-    _say("", f"{len(corpus.train):,} bytes in {len(corpus.train_files)} files to train on")
-    _say("", f"{len(corpus.held_out):,} bytes in {len(corpus.held_out_files)} files held out")
+    _say("", f"{len(train_bytes):,} bytes in {len(corpus.train)} files to train on")
+    _say("", f"{len(held_out_bytes):,} bytes in {len(corpus.held_out)} files held out")
 
     model = build(energies, recipe)
     block = model.layers[: len(energies)]
@@ -111,7 +113,7 @@ def run(
     blocks = f"{_count(recipe.blocks, 'block')} of {_count(len(block), 'layer')}"
     _say("model", f"{blocks}, {parameters:,} parameters, {recipe.context} bytes of context")
 
-    windows = lm.batches(corpus.train, batch=recipe.batch, context=recipe.context, seed=seed)
+    windows = lm.batches(train_bytes, batch=recipe.batch, context=recipe.context, seed=seed)
     training = train(model, windows, recipe, seconds=seconds, steps=steps)
     read = training.steps * recipe.batch * recipe.context
     threads = _count(torch.get_num_threads(), "thread")
@@ -121,13 +123,13 @@ def run(
     )
 
     held_out, positions = lm.even_windows(
-        corpus.held_out, count=recipe.test_windows, context=recipe.context
+        held_out_bytes, count=recipe.test_windows, context=recipe.context
     )
     bits = held_out_bits(model, held_out)
     positions = positions[:, recipe.context // 2 :]
     counted = [
-        lm.ngram_bits(train, corpus.held_out, positions, order=5)
-        for train in (corpus.train, training.windows)
+        lm.ngram_bits(known, held_out_bytes, positions, order=5)
+        for known in (train_bytes, training.windows)
     ]
     _report_bits(bits, counted, positions.size, recipe.context)
 

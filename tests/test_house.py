@@ -56,7 +56,11 @@ FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 HEAVY = ("matplotlib", "tqdm", "transformers", "typer")
 
 # Modules that need an extra: their doctests are skipped where it is not installed.
-OPTIONAL = {"cem.hf": "transformers"}
+OPTIONAL = {
+    "cem.hf": "transformers",
+    "cem.lm.data": "transformers",
+    "cem.lm.tokenizer": "transformers",
+}
 
 
 def python_files():

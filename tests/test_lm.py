@@ -1,7 +1,10 @@
-"""Text, the n-gram baseline and the language model."""
+"""Windows of bytes, the n-gram baseline and the language model."""
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,47 +15,7 @@ from torch import nn
 import cem
 from cem import lm
 
-
-def folder(tmp_path, count=60):
-    for i in range(count):
-        (tmp_path / f"m{i}.py").write_bytes(f"x{i} = {i}\n".encode() * 5)
-    return tmp_path
-
-
-def test_the_split_is_by_file_and_repeatable(tmp_path):
-    root = folder(tmp_path)
-    one, two = lm.python_sources(root, held_out=0.2), lm.python_sources(root, held_out=0.2)
-    assert set(one.train_files).isdisjoint(one.held_out_files)
-    assert len(one.train_files) + len(one.held_out_files) == 60
-    assert one.train_files == two.train_files and one.digest == two.digest
-    np.testing.assert_array_equal(one.train, two.train)
-    assert one.train.dtype == np.uint8
-    for side, names in ((one.train, one.train_files), (one.held_out, one.held_out_files)):
-        assert side.tobytes() == b"\0".join((root / name).read_bytes() for name in names)
-
-
-def test_a_file_keeps_its_side_when_others_come_and_go(tmp_path):
-    before = lm.python_sources(folder(tmp_path), held_out=0.2)
-    (tmp_path / "new.py").write_text("new = 1\n")
-    (tmp_path / before.train_files[0]).unlink()
-    after = lm.python_sources(tmp_path, held_out=0.2)
-    assert set(after.held_out_files) - {"new.py"} == set(before.held_out_files)
-    assert after.digest != before.digest
-
-
-def test_test_suites_and_installed_packages_are_left_out(tmp_path):
-    for name in ("test", "site-packages", "idlelib/idle_test", "encodings"):
-        (folder(tmp_path) / name).mkdir(parents=True)
-        (tmp_path / name / "a.py").write_text("left = 'out'\n")
-    corpus = lm.python_sources(tmp_path)
-    assert len(corpus.train_files) + len(corpus.held_out_files) == 60
-
-
-def test_a_text_that_cannot_be_split_says_so(tmp_path):
-    with pytest.raises(ValueError, match="got 0 to train on and 0 held out; give a folder"):
-        lm.python_sources(tmp_path)
-    with pytest.raises(ValueError, match="share between 0 and 1: got 2; try `held_out=0.05`"):
-        lm.python_sources(tmp_path, held_out=2)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_batches_repeat_with_the_seed():
@@ -185,3 +148,10 @@ def test_the_model_learns():
         net.losses(windows).mean().backward()
         optimizer.step()
     assert net.losses(windows).mean() < 1.0
+
+
+def test_the_demo_needs_nothing_of_the_extra():
+    extra = ("transformers", "tokenizers", "datasets", "accelerate")
+    code = f"import sys; sys.modules.update(dict.fromkeys({extra})); import cem.demo"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,135 +1,235 @@
-"""Text as bytes: the Python standard library's own sources, split by file, and windows of them.
-
-A token is one byte: dtype uint8, vocabulary 256. Legend: B batch, T tokens, N windows.
-"""
+"""Data to train a language model on, prepared once and kept: text, tokenizer, packed tokens."""
 
 import hashlib
-import sysconfig
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from cem.lm.corpus import Corpus, read_corpus
+from cem.lm.packing import Packed, check_context, write_documents
 
-_LEFT_OUT = {
-    *("test", "tests", "idle_test", "site-packages", "dist-packages"),  # not on every machine
-    *("encodings", "pydoc_data"),  # tables and texts that a program wrote
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_TRAINED_ON = 10_000_000  # bytes of text that a tokenizer is trained on
+_FORMAT = 1  # of the files; a new one does not read the old
 
 
 @dataclass(frozen=True)
-class ByteCorpus:
-    """Bytes to train on and bytes to test on, with no file in both.
-
-    Attributes:
-        train, held_out: uint8, shape (bytes,); files joined by one zero byte.
-        train_files, held_out_files: the names of the files, in the order in which they are joined.
-        digest: the first 12 hexadecimal digits of the SHA-256 of all names and contents. The
-            corpus differs between versions of Python, so a loss belongs to a digest.
-    """
-
-    train: np.ndarray
-    held_out: np.ndarray
-    train_files: tuple[str, ...]
-    held_out_files: tuple[str, ...]
-    digest: str
-
-
-def python_sources(root: str | Path | None = None, *, held_out: float = 0.05) -> ByteCorpus:
-    """Read the ``*.py`` files under a folder, by default the standard library of this Python.
-
-    A file is held out when the SHA-256 of its relative path, read as a number in [0, 1), is below
-    `held_out`. The split depends on names alone, so a file keeps its side from one version to the
-    next. Tests, installed packages and generated tables are left out, see `_LEFT_OUT`.
+class Data:
+    """What a language model reads, as plain values that a YAML file can hold.
 
     Args:
-        root: the folder; None takes ``sysconfig.get_path("stdlib")``.
-        held_out: expected share of the files that are held out, between 0 and 1.
-
-    Raises:
-        ValueError: `held_out` is not between 0 and 1, or one side of the split is empty.
-
-    Example:
-        >>> corpus = python_sources()
-        >>> corpus.train.dtype.name, set(corpus.train_files) & set(corpus.held_out_files)
-        ('uint8', set())
-    """
-    if not 0 < held_out < 1:
-        raise ValueError(
-            f"`held_out` must be a share between 0 and 1: got {held_out}; try `held_out=0.05`"
-        )
-    root = Path(sysconfig.get_path("stdlib") if root is None else root)
-    digest = hashlib.sha256()
-    train, test = {}, {}  # name -> content
-    for name, path in sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")):
-        if _LEFT_OUT.isdisjoint(name.split("/")):
-            content = path.read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-            (test if _unit_hash(name) < held_out else train)[name] = content
-    if not train or not test:
-        raise ValueError(
-            f"cannot split the Python files under {root}: got {len(train)} to train on and "
-            f"{len(test)} held out; give a folder with more files or another share, `held_out=0.2`"
-        )
-    return ByteCorpus(_join(train), _join(test), tuple(train), tuple(test), digest.hexdigest()[:12])
-
-
-def _unit_hash(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _join(contents: dict[str, bytes]) -> np.ndarray:
-    return np.frombuffer(b"\0".join(contents.values()), np.uint8)
-
-
-def batches(data: np.ndarray, *, batch: int, context: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Random windows of the data, without end: uint8, shape (B, T + 1), T = `context`.
-
-    The first T bytes of a window are what a model reads, the last T are what it predicts. Windows
-    start anywhere, uniformly and with replacement; the same seed gives the same windows.
-
-    Raises:
-        ValueError: the data are shorter than one window.
+        source: ``"python"``, ``"stdlib"``, a folder, a file, a glob or ``"hf:NAME[:CONFIG]"``, as
+            in `read_corpus`; or a folder that `prepare` made, which is opened as it is.
+        tokenizer: ``"bpe-4096"`` (or another number of tokens) for byte-level BPE, trained on the
+            first 10 MB of the training side; ``"bytes"``; or the path of a ``tokenizer.json`` or
+            of a folder that ``save_pretrained`` wrote.
+        context: the length of a window in tokens.
+        megabytes: how much text to take, 1 MB being 10^6 bytes.
+        held_out: expected share of the documents that are held out.
+        cache: the folder to keep prepared data in; None takes the environment variable
+            ``CEM_CACHE``, or ``cem`` in the user's cache folder.
 
     Example:
-        >>> next(batches(np.arange(99, dtype=np.uint8), batch=2, context=3, seed=0))
-        array([[81, 82, 83, 84],
-               [61, 62, 63, 64]], dtype=uint8)
+        >>> for i in range(40):
+        ...     _ = Path(f"note{i}.txt").write_text(f"this is note number {i}\\n" * 9)
+        >>> prepared = Data("*.txt", tokenizer="bytes", context=64, cache="cache").prepare()
+        >>> prepared.train[0]["input_ids"].shape, len(prepared.tokenizer)
+        (torch.Size([64]), 257)
     """
-    windows = _windows(data, context)
-    random = np.random.default_rng(seed)
-    while True:
-        yield windows[random.integers(len(windows), size=batch)]
 
+    source: str = "python"
+    tokenizer: str = "bpe-4096"
+    context: int = 256
+    megabytes: float | None = 32
+    held_out: float = 0.05
+    cache: str | None = None
 
-def even_windows(data: np.ndarray, *, count: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows spread evenly over the data, and where the bytes stand that they predict.
+    def prepare(self) -> "Prepared":
+        """Read, split and encode the text, or open what an earlier call has kept.
 
-    No byte is predicted twice: where the data are too short for `count` windows, there are as many
-    as fit.
+        The same text and the same settings give the same files. They are written whole or not at
+        all, and of several processes that ask at once one does the work. What ``"hf:..."`` names
+        is read once and then found by its name, without a network too.
 
-    Returns:
-        The windows, uint8, shape (N, T + 1) with T = `context`, and the positions in the data of
-        their last T bytes, int64, shape (N, T).
+        Raises:
+            ValueError: a setting is out of its range or names nothing, or the source holds no
+                text, see `read_corpus`.
+            ModuleNotFoundError: a package of the extra ``lm`` is not installed.
+        """
+        for package in ("filelock", "tokenizers", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(
+                    f"`Data.prepare` needs the package `{package}`: got no such module; "
+                    "type `pip install 'causal-energy-minimization[lm]'`"
+                )
+        check_context(self.context)
+        spec = _tokenizer_spec(self.tokenizer)
+        given = Path(self.source).expanduser()
+        if (given / "data.json").is_file():
+            return self._opened(given, spec)
+        # What a hub streams is read once: its name stands for it.
+        corpus = None if self.source.startswith("hf:") else self._read()
+        text = [self.source, self.held_out, self.megabytes] if corpus is None else corpus.digest
+        key = json.dumps([_FORMAT, text, spec, importlib.metadata.version("tokenizers")])
+        root = _cache_folder(self.cache)
+        folder = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if not folder.exists():
+            from filelock import FileLock
 
-    Raises:
-        ValueError: the data are shorter than one window.
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                if not folder.exists():
+                    with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
+                        self._write(corpus or self._read(), spec, Path(partial) / "data")
+                        os.rename(Path(partial) / "data", folder)
+        return self._opened(folder, spec)
 
-    Example:
-        >>> windows, positions = even_windows(np.arange(9, dtype=np.uint8), count=2, context=3)
-        >>> windows.tolist(), positions.tolist()
-        ([[0, 1, 2, 3], [5, 6, 7, 8]], [[1, 2, 3], [6, 7, 8]])
-    """
-    windows = _windows(data, context)
-    last = len(windows) - 1
-    starts = np.linspace(0, last, max(1, min(count, last // context + 1))).astype(np.int64)
-    return windows[starts], starts[:, None] + np.arange(1, context + 1)
+    def _read(self) -> Corpus:
+        return read_corpus(self.source, held_out=self.held_out, megabytes=self.megabytes)
 
+    def _write(self, corpus: Corpus, spec: str, folder: Path) -> None:
+        from cem.lm.tokenizer import bpe_tokenizer, byte_tokenizer, encode, load_tokenizer
 
-def _windows(data: np.ndarray, context: int) -> np.ndarray:
-    if len(data) <= context:
-        raise ValueError(
-            f"a window of context {context} needs {context + 1} bytes: got {len(data)}; "
-            "take a shorter `context`"
+        if spec == "bytes":
+            tokenizer = byte_tokenizer()
+        elif spec.startswith("bpe-"):
+            tokenizer = bpe_tokenizer(_sample(corpus), int(spec.removeprefix("bpe-")))
+        else:
+            tokenizer = load_tokenizer(Path(self.tokenizer).expanduser())
+        tokenizer.save_pretrained(folder / "tokenizer")
+        digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        sizes = {}
+        for side in ("train", "held_out"):
+            contents = getattr(corpus, side).values()
+            size = sum(map(len, contents))
+            write_documents(folder / side, encode(tokenizer, contents, total=size))
+            sizes[side] = {"documents": len(contents), "bytes": size}
+            for file in ("tokens.npy", "starts.npy"):
+                digest.update((folder / side / file).read_bytes())
+        versions = {"tokenizers": importlib.metadata.version("tokenizers")}
+        about = {
+            "source": self.source,
+            "tokenizer": spec,
+            "digest": digest.hexdigest()[:12],
+            "versions": {**corpus.versions, **versions},
+            "missing": list(corpus.missing),
+            **sizes,
+        }
+        (folder / "data.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+    def _opened(self, folder: Path, spec: str) -> "Prepared":
+        from transformers import AutoTokenizer
+
+        about = json.loads((folder / "data.json").read_text("utf-8"))
+        if about["tokenizer"] != spec:
+            raise ValueError(
+                f"the data in {folder} were prepared with `tokenizer={about['tokenizer']!r}`: got "
+                f"{self.tokenizer!r}; type the same, or name another source"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        train, held_out = (
+            Packed(folder / side, context=self.context, fill=tokenizer.eos_token_id)
+            for side in ("train", "held_out")
         )
-    return np.lib.stride_tricks.sliding_window_view(data, context + 1)
+        return Prepared(
+            train=train,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            digest=about["digest"],
+            versions=about["versions"],
+            bytes_per_token=about["held_out"]["bytes"] / held_out.predicted,
+            folder=folder,
+            about=about,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Packed windows to train on and held out, with the tokenizer; `print` it for its sizes.
+
+    A document is read as ``<|endoftext|> text <|endoftext|>``, and all its tokens but the first
+    are predicted once by the windows: its whole text and its end. So, for the mean loss in nats
+    over the labels that are not -100,
+
+        bits per byte = loss / ln 2 / bytes_per_token
+
+    is what the model needs for all of the held-out text, the ends of the documents included,
+    divided by the bytes of that text: it compares models whose tokenizers differ.
+
+    Attributes:
+        train, held_out: see `Packed`; in the order of the documents, so a sampler shuffles.
+        tokenizer: a fast tokenizer of transformers; it puts the beginning of a document before
+            what it encodes.
+        digest: the first 12 hexadecimal digits of the SHA-256 of the vocabulary and all tokens. A
+            loss belongs to a digest.
+        versions: of the packages that the text comes from, and of `tokenizers`.
+        bytes_per_token: bytes of the held-out text over the tokens that are predicted there.
+        folder: where the files are; a copy of it is a `source` on another machine.
+        about: what ``data.json`` in that folder says.
+    """
+
+    train: Packed
+    held_out: Packed
+    tokenizer: "PreTrainedTokenizerFast"
+    digest: str
+    versions: dict[str, str]
+    bytes_per_token: float
+    folder: Path
+    about: dict
+
+    def __str__(self) -> str:
+        def size(side, tokens):
+            documents, count = self.about[side]["documents"], self.about[side]["bytes"]
+            return f"{documents:,} documents, {count:,} bytes, {len(tokens):,} tokens"
+
+        text = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        missing = ", ".join(self.about["missing"])
+        return (
+            f"{self.about['source']} ({text}), digest {self.digest}\n"
+            + (f"not installed and left out: {missing}\n" if missing else "")
+            + f"{size('train', self.train.tokens)} to train on\n"
+            f"{size('held_out', self.held_out.tokens)} held out\n"
+            f"tokenizer {self.about['tokenizer']}, {len(self.tokenizer):,} tokens, "
+            f"{self.bytes_per_token:.3f} bytes a token held out"
+        )
+
+
+def _tokenizer_spec(tokenizer: str) -> str:
+    """What decides the tokens: a name, or the digest of the user's files."""
+    if tokenizer == "bytes" or re.fullmatch(r"bpe-\d+", tokenizer):
+        return tokenizer
+    path = Path(tokenizer).expanduser()
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(
+            f"there is no tokenizer {tokenizer!r}: got no such name or file; type 'bpe-4096', "
+            "'bytes', or the path of a tokenizer.json or of a folder with one"
+        )
+    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files))
+    return f"files-{digest.hexdigest()[:16]}"
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    """The first documents of the training side, about `_TRAINED_ON` bytes of them."""
+    size = 0
+    for content in corpus.train.values():
+        yield content[: _TRAINED_ON - size].decode("utf-8", "ignore")
+        size += len(content)
+        if size >= _TRAINED_ON:
+            return
+
+
+def _cache_folder(cache: str | None) -> Path:
+    if cache is None:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = os.environ.get("CEM_CACHE") or f"{home}/cem"
+    return Path(cache).expanduser() / "data"
