@@ -4,6 +4,8 @@ if __name__ != "cem.energies":
     raise ImportError("this folder is a part of the package: type `import cem.energies`")
 
 from .alibi_interaction import alibi_interaction
+from .anchored_gated import anchored_gated, anchored_gated_by
+from .anchored_interaction import anchored_interaction, untied_interaction
 from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
 from .energy_transformer import energy_transformer
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
@@ -54,6 +56,9 @@ from .two_sided_gated import (
 
 __all__ = [
     "alibi_interaction",
+    "anchored_gated",
+    "anchored_gated_by",
+    "anchored_interaction",
     "collaborative_interaction",
     "dense_interaction",
     "diagonal_interaction",
@@ -108,4 +113,5 @@ __all__ = [
     "two_sided_gated_relu",
     "two_sided_gated_sigmoid",
     "two_sided_gated_silu",
+    "untied_interaction",
 ]

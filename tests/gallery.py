@@ -18,6 +18,7 @@ SIZES = {
     "dim": 12,
     "heads": 2,
     "rank": 5,
+    "copies": 3,
     "hidden": 7,
     "groups": 2,
     "per_group": 3,
@@ -308,7 +309,46 @@ def rotary_twin(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
     return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
 
 
+ANCHORED = {
+    "h": "dim",
+    "x": "seq dim",
+    "Q": "heads rank dim",
+    "K": "heads rank dim",
+    "W": "heads copies dim",
+    "V": "heads copies dim",
+}
+
+
+@cem.energy(**ANCHORED)
+def anchored_twin(h, x, *, Q, K, W, V, position, context_position, beta=rank**-0.5, tie=0.1):
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    moved = torch.einsum("acd,d->ac", W, h - h.detach())
+    values = torch.einsum("ac,asc->as", moved, torch.einsum("acd,sd->asc", V, x))
+    score = torch.einsum("ar,asr->as", q, k) + values / tie
+    return -tie * torch.logsumexp(beta * score, dim=-1).sum() / beta
+
+
+@cem.energy(**ANCHORED)
+def untied_twin(h, x, *, Q, K, W, V, position, context_position, beta=rank**-0.5):
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h.detach()), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    moved = torch.einsum("acd,d->ac", W, h - h.detach())
+    values = torch.einsum("ac,asc->as", moved, torch.einsum("acd,sd->asc", V, x))
+    score = torch.einsum("ar,asr->as", q, k) + values
+    return -torch.logsumexp(beta * score, dim=-1).sum() / beta
+
+
+@cem.energy(h="dim", U="hidden dim", G="hidden dim", D="hidden dim")
+def anchored_gated_twin(h, *, U, G, D, tie=0.1):
+    up = U @ h + D @ (h - h.detach()) / tie
+    return -tie * (F.silu(G @ h.detach()) * up**2).sum() / 2
+
+
 TWINS = {
+    "anchored_interaction": anchored_twin,
+    "anchored_gated": anchored_gated_twin,
+    "untied_interaction": untied_twin,
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
     "diagonal_plus_low_rank_full": full_twin(),

@@ -41,6 +41,8 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "anchored_interaction",
+    "untied_interaction",
     "gated_linear_attention",
     "squared_interaction",
     "subspace_compression",

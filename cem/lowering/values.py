@@ -111,7 +111,8 @@ def joined(
     """A product below a sum with one of its factors, a sum that writes, opened into it.
 
     Where a parameter writes what was computed for every index of the outer sum, and another factor weighs that
-    index, the weight goes to the narrow side first: sum_a g_a sum_r Q_ard v_ar is sum_ar Q_ard (g_a v_ar).
+    index, the weight goes to the narrow side first: sum_a g_a sum_r Q_ard v_ar is sum_ar Q_ard (g_a v_ar), or
+    sum_ar (g_a Q_ard) v_ar where g is a parameter.
     """
     for place, factor in enumerate(factors):
         others = (*factors[:place], *factors[place + 1 :])
@@ -119,7 +120,7 @@ def joined(
             continue
         bound = frozenset(limit[0] for limit in factor.limits)
         taken = over.union(*map(free_indices, others))
-        weighed = any(moves_with_token(f) and free_indices(f) & over for f in others)
+        weighed = any(free_indices(f) & over for f in others)
         if weighed and not bound & taken and not any(map(is_seq, bound)):
             return (*others, *Mul.make_args(factor.function)), over | bound
     return tuple(factors), over
