@@ -22,9 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import cem.lm
-from cem.energies import gated_relu
 from cem.lm import pictures, training
-from cem.lm.callbacks import Clock, Energies, Records, read_records
+from cem.lm.callbacks import Clock, Records, read_records
 from cem.lm.optimizer import Muon, decayed, hidden_matrices
 from cem.lm.run import Run
 from cem.lm.throughput import flops_per_token, peak_flops
@@ -32,6 +31,7 @@ from cem.lm.trainer import PARTIAL, Trainer, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE = pictures.save
+ENERGIES = ("rotary_interaction", "gated_silu")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -146,12 +146,17 @@ def test_the_vocabulary_and_the_ends_are_the_tokenizers():
     tokenizer = byte_tokenizer()
     config = training.build(LLAMA, tokenizer).config
     assert config.vocab_size == len(tokenizer) == 257
+    twin = training.build({"preset": "llama-tiny", "num_hidden_layers": 1}, tokenizer)
+    assert twin.config.vocab_size == 257 and twin.config.eos_token_id == 256
+    assert len(twin.model.layers) == 1 and twin.config.hidden_size == 128
     assert config.eos_token_id == config.bos_token_id == tokenizer.eos_token_id == 256
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ("tine", "a preset is one of tiny, .*: got 'tine'; type 'tiny'"),
+        ({"preset": "tiny", "hiden_size": 3}, "no `model.hiden_size`: .*type `model.hidden_size`"),
         ({"hidden_size": 3}, "needs a preset or a model_type: got .*; type `model.preset=tiny`"),
         ({"model_type": "llma"}, "a run has no `model_type llma`: .*`model_type llama`"),
         (LLAMA | {"hiden_size": 3}, "a run has no `model.hiden_size`: .*type `model.hidden_size`"),
@@ -461,45 +466,38 @@ def test_the_peak_of_a_cpu():
     assert peak_flops("cpu", torch.float32) == peak_flops("cpu", torch.float32)
 
 
-class EnergyModel(nn.Module):
-    """Two energy layers between an embedding and nothing."""
+def test_the_energies_of_the_layers_are_recorded(tmp_path, monkeypatch):
+    model = {"preset": "tiny", "hidden_size": 16, "num_hidden_layers": 2}
+    model["block"] = [{"energy": "rotary_interaction", "heads": 2}, {"energy": "gated_silu"}]
+    run = tiny_run(model=model, trace_steps=5, trainer={"per_device_eval_batch_size": 8})
 
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(257, 12)
-        self.layers = nn.ModuleList(cem.derive(gated_relu, dim=12, hidden=10) for _ in range(2))
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            raise Killed
 
-    def forward(self, input_ids, position_ids=None, use_cache=None):
-        h = self.embedding(input_ids)
-        for layer in self.layers:
-            h = layer(h)
-        return h
-
-
-def test_the_energies_of_the_layers_are_recorded(tmp_path):
-    model, clock = EnergyModel().train(), Clock(0.0)
-    batch = transformers.default_data_collator(TinyText().prepare().held_out)
-    records = Records(tmp_path / "energies.jsonl", 0)
-    energies = Energies(records, batch, 5, clock)
-    state = transformers.TrainerState(max_steps=7)
-    energies.on_train_begin(None, state, None, model=model)
-    for state.global_step in range(1, 8):
-        energies.on_step_end(None, state, None, model=model)
+    with monkeypatch.context() as patch:  # what was recorded after checkpoint 9 comes again
+        patch.setattr(Clock, "on_step_begin", interrupt)
+        with pytest.raises(Killed):
+            cem.lm.train(run, tmp_path)
+    cem.lm.train(run, tmp_path)
     lines = read_records(tmp_path / "energies.jsonl")
-    steps, names = (0, 5, 7), ("layers.0", "layers.1")
+    names = [f"model.layers.{i}.parts.{n}" for i in (0, 1) for n in ENERGIES]
+    steps = (0, 5, 10, 12)
     assert [(x["step"], x["layer"]) for x in lines] == list(itertools.product(steps, names))
-    found = cem.trace(model, batch["input_ids"])
-    for line, layer in zip(lines, found, strict=False):
-        assert line["before"] == layer.before[0].mean().item()
-        assert line["after"] == layer.after[0].mean().item()
-        assert line["down"] == layer.share_down and line["energy"] == "gated_relu"
-    assert model.training
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(trained).__name__ == "CEMForCausalLM"
+    batch = transformers.default_data_collator(TinyText().prepare().held_out)
+    del batch["labels"]
+    for line, layer in zip(lines[-4:], cem.trace(trained, use_cache=False, **batch), strict=True):
+        assert line["before"] == pytest.approx(layer.before[0].mean().item(), rel=1e-6)
+        assert line["after"] == pytest.approx(layer.after[0].mean().item(), rel=1e-6)
+        assert line["down"] == layer.share_down and line["energy"] in ENERGIES
 
 
 def test_pictures_of_energies(tmp_path):
     records = Records(tmp_path / "energies.jsonl", 0)
     for step, layer in itertools.product((0, 10, 20), range(3)):
-        line = {"step": step, "layer": f"model.layers.{layer}.mlp", "descent_step": 1}
+        line = {"step": step, "layer": f"model.layers.{layer}.mlp", "energy": ENERGIES[layer % 2]}
         records.write(line | {"before": 0.0, "after": 1.0 - step - layer})
     SAVE(tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["energies.png"]

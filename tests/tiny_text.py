@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from string import ascii_lowercase
 from types import SimpleNamespace
 
 import torch
@@ -19,11 +20,12 @@ class TinyText:
 
     def prepare(self):
         draw = random.Random(self.source)
-        words = [bytes(draw.choices(range(97, 123), k=draw.randint(1, 6))) for _ in range(12)]
-        text = b"".join(draw.choice(words) + b" " for _ in range(self.windows * self.context))
-        ids = torch.tensor(list(text[: self.windows * self.context])).view(-1, self.context)
+        words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(1, 6))) for _ in range(12)]
+        count = self.windows * self.context
+        text = " ".join(draw.choice(words) for _ in range(count))[:count]
+        ids = torch.tensor(byte_tokenizer()(text)["input_ids"]).view(-1, self.context)
         items = []
-        for row in ids.long():
+        for row in ids:
             start = draw.randrange(self.context)  # one document ends inside of the window
             labels = row.clone()
             labels[start] = -100

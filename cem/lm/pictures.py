@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from .. import plot
 from .callbacks import read_records
+
+_KINDS = ("-o", "--s", ":^", "-.D")
 
 
 @matplotlib.rc_context(plot._STYLE)
@@ -42,21 +45,23 @@ def descent(lines, *, ax=None):
     """Draws how far each layer lowers its energy, over the steps of training.
 
     The height is the mean over tokens of E(before) - E(after), all descent steps of a layer together,
-    at a fixed context; colours run from dark (first layer) to light (last). A triangle in red-orange
-    marks a layer that went uphill.
+    at a fixed context. Colours run from dark (first layer) to light (last), the kinds of line tell
+    the energies apart, and a layer that goes uphill has a triangle in red-orange.
 
     Args:
         lines: what energies.jsonl holds.
 
-    >>> line = {"step": 0, "layer": "layers.0", "descent_step": 1, "before": 2.0, "after": 0.5}
+    >>> line = {"step": 0, "layer": "layers.0", "energy": "gated", "before": 2.0, "after": 0.5}
     >>> descent([line, line | {"step": 5, "after": 0.0}]).lines[1].get_ydata().tolist()
     [1.5, 2.0]
     """
     drops: dict[str, dict[int, float]] = {}
+    energies = {line["layer"]: line["energy"] for line in lines}
+    kinds = dict(zip(dict.fromkeys(energies.values()), itertools.cycle(_KINDS), strict=False))
     for line in lines:
         steps = drops.setdefault(line["layer"], {})
         steps[line["step"]] = steps.get(line["step"], 0.0) + line["before"] - line["after"]
-    ax = plot._axes(ax, 3.9, 2.7)
+    ax = plot._axes(ax, 5.2, 2.7)
     ax.axhline(0, color="0.2", linewidth=0.8, zorder=1)
     shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(drops)))
     names = [name.split(".") for name in drops]
@@ -64,8 +69,8 @@ def descent(lines, *, ax=None):
     every = -(-len(drops) // 10)
     for i, (name, color) in enumerate(zip(drops, shades, strict=True)):
         steps, heights = np.array(sorted(drops[name].items())).T
-        label = ".".join(names[i][shared:]) if i % every == 0 else None
-        ax.plot(steps, heights, "-o", color=color, markersize=2.5, label=label)
+        label = ".".join(names[i][shared:]).replace(".parts", "") if i % every == 0 else None
+        ax.plot(steps, heights, kinds[energies[name]], color=color, markersize=2.5, label=label)
         up = heights < 0
         ax.plot(steps[up], heights[up], "v", color=plot._UPHILL, markersize=4)
     everything = np.array([height for steps in drops.values() for height in steps.values()])

@@ -13,6 +13,7 @@ import shutil
 import statistics
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from transformers.utils import logging
 from .._version import __version__
 from . import pictures
 from .callbacks import Clock, Energies, Metrics, Progress, Records, has_energies
+from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
+from .presets import preset
 from .run import Run, refuse_unknown
 from .throughput import flops_per_token, peak_flops
 from .trainer import PARTIAL, Trainer, checkpoints
@@ -78,25 +81,22 @@ def build(model: str | dict, tokenizer) -> transformers.PreTrainedModel:
     """
     said = {"preset": model} if isinstance(model, str) else dict(model)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    given = {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in special}
+    given = {name: getattr(tokenizer, name) for name in special}
+    given["vocab_size"] = len(tokenizer)
     if "preset" in said:
-        from .presets import PRESETS
-
-        name = said.pop("preset")
-        refuse_unknown([name], PRESETS, "preset ")
-        base = PRESETS[name]
-        kind, given = type(base), base.to_dict() | given
+        usual = preset(said.pop("preset"))
+        make = partial(preset, model["preset"] if isinstance(model, dict) else model)
     elif "model_type" in said:
         name = said.pop("model_type")
         refuse_unknown([name], transformers.CONFIG_MAPPING, "model_type ")
-        kind = type(AutoConfig.for_model(name))
+        usual = AutoConfig.for_model(name)
+        make = type(usual)
     else:
         raise ValueError(
             f"`model` of a run needs a preset or a model_type: got {said}; type `model.preset=tiny`"
         )
-    known = {*kind().to_dict(), "attn_implementation", "dtype"} - {"transformers_version"}
-    refuse_unknown(said, known, "model.")
-    config = kind(**(given | said))
+    refuse_unknown(said, {*usual.to_dict(), "attn_implementation", "dtype"}, "model.")
+    config = make(**(given | said))
     if config.vocab_size < len(tokenizer):
         raise ValueError(
             f"the vocabulary of the model is smaller than the tokenizer's: got {config.vocab_size} "
