@@ -17,9 +17,10 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from accelerate.utils import DistributedType
 from tiny_text import TinyText, byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import cem.lm
 from cem.lm import pictures, training
@@ -27,7 +28,7 @@ from cem.lm.callbacks import Clock, Records, read_records
 from cem.lm.optimizer import Muon, decayed, hidden_matrices
 from cem.lm.run import Run
 from cem.lm.throughput import flops_per_token, peak_flops
-from cem.lm.trainer import PARTIAL, Trainer, checkpoints
+from cem.lm.trainer import PARTIAL, Trainer, _check_engine, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE = pictures.save
@@ -98,6 +99,16 @@ def test_the_defaults_are_those_of_pretraining(tmp_path):
     assert args.max_grad_norm == 1.0 and args.lr_scheduler_type == "cosine"
     assert args.get_warmup_steps(1000) == 20 and args.optim == "adamw_torch_fused"
     assert args.data_seed == args.seed == 0
+
+
+def test_schedules_are_those_of_transformers(tmp_path):
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 2}
+    schedule["lr_scheduler_kwargs"] = {"num_decay_steps": 4}
+    cem.lm.train(tiny_run(trainer=schedule | {"learning_rate": 0.1}), tmp_path)
+    rates = [
+        line["learning_rate"] for line in read_records(tmp_path / "metrics.jsonl") if "loss" in line
+    ]
+    assert rates[:3] == [0.0, 0.05, 0.1] and rates[2:9] == [0.1] * 7 and rates[-1] < 0.02
 
 
 @pytest.mark.parametrize(
@@ -175,7 +186,11 @@ def test_a_run_leaves_what_is_needed_to_read_it(trained):
     out, result = trained
     assert Run.read(out / "run.yaml") == tiny_run()
     versions = json.loads((out / "versions.json").read_text())
-    assert versions["torch"] == torch.__version__ and versions["data"] == {}
+    assert (
+        versions["torch"] == torch.__version__
+        and versions["digest"] == "tiny"
+        and versions["data"] == {}
+    )
     assert [c.name for c in checkpoints(out)] == ["checkpoint-9", "checkpoint-12"]
     SAVE(out)
     assert (out / "loss.png").stat().st_size > 1000
@@ -242,6 +257,14 @@ def test_what_was_not_trained_cannot_be_read(tmp_path):
             read(tmp_path)
 
 
+def test_other_data_are_refused(tmp_path):
+    (tmp_path / "versions.json").write_text('{"digest": "other"}')
+    with pytest.raises(
+        ValueError, match="the data of .* have changed .*: got digest tiny and not other"
+    ):
+        cem.lm.train(tiny_run(), tmp_path)
+
+
 def test_too_little_data(tmp_path):
     run = tiny_run(trainer={"per_device_train_batch_size": 64})
     with pytest.raises(
@@ -258,9 +281,15 @@ def test_training_learns(tmp_path):
 
 
 def test_fsdp_that_is_not_set_up_is_refused(tmp_path, monkeypatch):
+    message = "FSDP was asked for and is not what runs: got NO on .*; .*`trainer.fsdp`"
+    with pytest.raises(ValueError, match=message):
+        cem.lm.train(tiny_run(trainer={"fsdp": True}), tmp_path / "a")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP was asked for and is not what runs: got NO on cpu"):
-        cem.lm.train(tiny_run(trainer={"use_cpu": True}), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        cem.lm.train(tiny_run(), tmp_path / "b")
+    with pytest.raises(ValueError, match="got MULTI_CPU on cpu; start it on GPUs"):
+        _check_engine(TrainingArguments(use_cpu=True), DistributedType.MULTI_CPU)
+    _check_engine(TrainingArguments(use_cpu=True), DistributedType.FSDP)
 
 
 # Interruptions

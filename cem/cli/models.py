@@ -88,5 +88,5 @@ def _answered() -> Iterator[None]:
         )
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(sentence(error)) from error

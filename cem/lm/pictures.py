@@ -66,11 +66,11 @@ def descent(lines, *, ax=None):
     shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(drops)))
     names = [name.split(".") for name in drops]
     shared = min(len(os.path.commonprefix(names)), min(map(len, names)) - 1)
-    every = -(-len(drops) // 10)
+    every, size = -(-len(drops) // 10), 2.5 if len(drops) <= 10 else 0
     for i, (name, color) in enumerate(zip(drops, shades, strict=True)):
         steps, heights = np.array(sorted(drops[name].items())).T
         label = ".".join(names[i][shared:]).replace(".parts", "") if i % every == 0 else None
-        ax.plot(steps, heights, kinds[energies[name]], color=color, markersize=2.5, label=label)
+        ax.plot(steps, heights, kinds[energies[name]], color=color, markersize=size, label=label)
         up = heights < 0
         ax.plot(steps[up], heights[up], "v", color=plot._UPHILL, markersize=4)
     everything = np.array([height for steps in drops.values() for height in steps.values()])

@@ -29,6 +29,7 @@ DEFAULTS = {
     "save_steps": 0.1,
     "save_total_limit": 2,
     "dataloader_drop_last": True,
+    "ddp_find_unused_parameters": False,
 }
 
 # Names of TrainingArguments that a Run says elsewhere.
@@ -53,6 +54,7 @@ _HOW = {
     "fsdp_config",
     "deepspeed",
     "ddp_backend",
+    "ddp_find_unused_parameters",
     "torch_compile",
     "use_cpu",
     "dataloader_num_workers",
@@ -176,7 +178,7 @@ class Run:
         True
         """
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
-        how = {"threads", "trace_steps", *(f"trainer.{name}" for name in _HOW)}
+        how = {"threads", "trace_steps", "data.cache", *(f"trainer.{name}" for name in _HOW)}
         for name in (*mine, *theirs):
             if name not in how and mine.get(name) != theirs.get(name):
                 return name, mine.get(name), theirs.get(name)

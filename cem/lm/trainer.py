@@ -46,6 +46,8 @@ class Trainer(transformers.Trainer):
             nats = found.predictions.sum() / (found.label_ids[:, 1:] != -100).sum()
             return {"nats": nats, "bits_per_byte": nats / math.log(2) / bytes_per_token}
 
+        if args.world_size == 1:
+            _check_engine(args, DistributedType.NO)
         super().__init__(
             model,
             args,
@@ -56,17 +58,7 @@ class Trainer(transformers.Trainer):
         )
         self.muon = muon
         self._run_folder = None
-        self._check_engine()
-
-    def _check_engine(self) -> None:
-        wanted = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        got = self.accelerator.distributed_type
-        if wanted and got is not DistributedType.FSDP:
-            raise ValueError(
-                f"FSDP was asked for and is not what runs: got {got.value} on {self.args.device.type}; "
-                "start it on GPUs with `torchrun --nproc-per-node GPUS -m cem train ...`, "
-                "or leave out `trainer.fsdp`"
-            )
+        _check_engine(args, self.accelerator.distributed_type)
 
     def evaluation_loop(self, *args, **keywords):
         output = super().evaluation_loop(*args, **keywords)
@@ -144,6 +136,16 @@ class Trainer(transformers.Trainer):
         for checkpoint in old:
             if str(checkpoint) != self.state.best_model_checkpoint:
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _check_engine(args, got: DistributedType) -> None:
+    wanted = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if wanted and got is not DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for and is not what runs: got {got.value} on {args.device.type}; "
+            "start it on GPUs with `torchrun --nproc-per-node GPUS -m cem train ...`, "
+            "or leave out `trainer.fsdp`"
+        )
 
 
 def window_nats(logits: Tensor, labels: Tensor) -> Tensor:

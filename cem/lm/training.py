@@ -156,8 +156,9 @@ def train(run: Run, out: str | Path) -> Result:
     step = state.global_step if state else 0
     if args.should_save:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        versions = _versions() | {"data": prepared.versions}
-        _write(out / "versions.json", json.dumps(versions, indent=2))
+        if not (out / "versions.json").is_file():
+            versions = _versions() | {"digest": prepared.digest, "data": prepared.versions}
+            _write(out / "versions.json", json.dumps(versions, indent=2))
 
     context = len(prepared.train[0]["input_ids"])
     _enough(prepared.train, trainer.get_total_train_batch_size(args))
@@ -281,6 +282,7 @@ def _trainer(run: Run, out: Path, model=None):
         torch.set_num_threads(run.threads)
     with args.main_process_first(desc="preparing the data"):
         prepared = Data(**run.data).prepare()
+    _same_data(prepared, out)
     if model is None:
         transformers.set_seed(run.seed)
         model = build(run.model, prepared.tokenizer)
@@ -296,6 +298,17 @@ def _trainer(run: Run, out: Path, model=None):
     for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(callback)
     return trainer, prepared
+
+
+def _same_data(prepared, out: Path) -> None:
+    if not (out / "versions.json").is_file():
+        return
+    versions = json.loads((out / "versions.json").read_text("utf-8"))
+    if versions["digest"] != prepared.digest:
+        raise ValueError(
+            f"the data of {out} have changed since it began: got digest {prepared.digest} and not "
+            f"{versions['digest']}; install the versions in {out / 'versions.json'}, or name another folder"
+        )
 
 
 def _enough(windows, sequences: int) -> None:
