@@ -257,6 +257,10 @@ def test_what_was_not_trained_cannot_be_read(tmp_path):
             read(tmp_path)
 
 
+def test_a_checkpoint_writes(trained):
+    assert cem.lm.sample(checkpoints(trained[0])[-1], "abc", tokens=2).startswith("abc")
+
+
 def test_other_data_are_refused(tmp_path):
     (tmp_path / "versions.json").write_text('{"digest": "other"}')
     with pytest.raises(
@@ -485,7 +489,9 @@ def test_the_operations_of_a_llama():
     matrices = layers * (dim * dim * 2 + 2 * dim * 8 + 3 * dim * hidden) + vocab * dim
     attention = layers * 2 * 2 * T * dim  # scores and mixing, forward
     before = torch.random.get_rng_state()
-    assert flops_per_token(model, TinyText().prepare().train[0]) == 6 * matrices + 3 * attention
+    # some versions of transformers turn the rotary angles by a matrix product too
+    counted = flops_per_token(model, TinyText().prepare().train[0])
+    assert counted == pytest.approx(6 * matrices + 3 * attention, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(before, torch.random.get_rng_state())
 

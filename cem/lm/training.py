@@ -224,7 +224,8 @@ def evaluate(out: str | Path) -> dict[str, float]:
     Raises:
         ValueError: there is no trained model in the folder.
     """
-    run, out = _trained(out)
+    out = _trained(out, "result.json")
+    run = Run.read(out / "run.yaml")
     model = AutoModelForCausalLM.from_pretrained(out)
     trainer, _ = _trainer(run, out, model)
     found = trainer.evaluate()
@@ -236,7 +237,7 @@ def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **
     """What a trained model writes after a prompt, with the prompt in front.
 
     Args:
-        out: the folder of a trained run.
+        out: the folder of a trained run, or of one of its checkpoints.
         prompt: may be empty.
         tokens: how many to write at most.
         seed: of the draws.
@@ -245,7 +246,7 @@ def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **
     Raises:
         ValueError: there is no trained model in the folder.
     """
-    _, out = _trained(out)
+    out = _trained(out, "config.json")
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -319,14 +320,15 @@ def _enough(windows, sequences: int) -> None:
         )
 
 
-def _trained(out: str | Path) -> tuple[Run, Path]:
+def _trained(out: str | Path, name: str) -> Path:
+    """The folder, if it holds the file that a trained model has."""
     out = Path(out)
-    if not (out / "run.yaml").is_file() or not (out / "config.json").is_file():
+    if not (out / name).is_file():
         raise ValueError(
-            f"there is no trained model in {out}: got no run.yaml and config.json there; "
-            f"type `cem train run.yaml --out {out}`"
+            f"there is no trained model in {out}: got no {name} there; "
+            f"type `cem train RUN.yaml --out {out}`"
         )
-    return Run.read(out / "run.yaml"), out
+    return out
 
 
 def _rate(lines: list[dict]) -> float:
