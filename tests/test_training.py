@@ -496,6 +496,28 @@ def test_the_operations_of_a_llama():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_the_clock_counts_training_only(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock, control = Clock(10.0), transformers.TrainerControl()
+    clock.on_train_begin(None, None, control)
+    for seconds, event, logs in (
+        (1, "step_end", {}),
+        (2, "log", {"logs": {"loss": 1.0}}),  # where a GPU is waited for
+        (40, "log", {"logs": {"eval_loss": 1.0}}),  # the end of an evaluation
+        (80, "evaluate", {}),
+        (160, "save", {}),
+        (4, "step_end", {}),
+    ):
+        now += seconds
+        getattr(clock, f"on_{event}")(None, None, control, **logs)
+    with clock.stopped():
+        now += 320
+    now += 8
+    clock.on_step_end(None, None, control)
+    assert clock.seconds == 10 + 1 + 2 + 4 + 8
+
+
 def test_the_peak_of_a_cpu():
     assert 1e8 < peak_flops("cpu", torch.float32) < 1e15
     assert peak_flops("cpu", torch.float32) == peak_flops("cpu", torch.float32)

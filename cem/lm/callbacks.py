@@ -85,9 +85,10 @@ class Clock(TrainerCallback):
         # mean where a checkpoint is, so their losses are the same.
         control.should_log |= control.should_save
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
         now = time.perf_counter()
-        self.seconds += now - self._mark
+        if "loss" in logs:  # and not the result of an evaluation
+            self.seconds += now - self._mark
         self._mark = now
 
     def on_evaluate(self, args, state, control, **kwargs):
