@@ -18,16 +18,16 @@ pytest.importorskip("transformers")
 
 import transformers
 from accelerate.utils import DistributedType
-from tiny_text import TinyText, byte_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import cem.lm
-from cem.lm import pictures, training
+from cem.lm import Data, pictures, training
 from cem.lm.callbacks import Clock, Records, read_records
 from cem.lm.optimizer import Muon, decayed, hidden_matrices
 from cem.lm.run import Run
 from cem.lm.throughput import flops_per_token, peak_flops
+from cem.lm.tokenizer import byte_tokenizer
 from cem.lm.trainer import PARTIAL, Trainer, _check_engine, checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,15 +50,28 @@ STEPS = {
 }
 
 
+DATA = {"tokenizer": "bytes", "context": 16, "held_out": 0.2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _text(tmp_path_factory):
+    """Short documents of a few words."""
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(12)]
+    for number in range(40):
+        text = " ".join(draw.choices(words, k=draw.randint(3, 9)))
+        (folder / f"{number}.txt").write_text(f"{number} {text}")
+    DATA.update(source=str(folder / "*.txt"), cache=str(folder / "cache"))
+
+
 @pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setattr(cem.lm, "Data", TinyText, raising=False)
+def _no_pictures(monkeypatch):
     monkeypatch.setattr(pictures, "save", lambda out: None)  # slow, and tested by itself
 
 
 def tiny_run(**changes):
     trainer = STEPS | {"disable_tqdm": True} | changes.pop("trainer", {})
-    return Run(**{"model": LLAMA, "trainer": trainer} | changes)
+    return Run(**{"model": LLAMA, "data": DATA, "trainer": trainer} | changes)
 
 
 def losses(out):
@@ -71,7 +84,6 @@ def losses(out):
 def trained(tmp_path_factory):
     """The folder and the result of a run that nothing interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cem.lm, "Data", TinyText, raising=False)
         patch.setattr(pictures, "save", lambda out: None)
         out = tmp_path_factory.mktemp("trained")
         return out, cem.lm.train(tiny_run(), out)
@@ -155,12 +167,11 @@ def test_a_value_that_the_trainer_refuses(tmp_path):
 
 def test_the_vocabulary_and_the_ends_are_the_tokenizers():
     tokenizer = byte_tokenizer()
-    config = training.build(LLAMA, tokenizer).config
-    assert config.vocab_size == len(tokenizer) == 257
-    twin = training.build({"preset": "llama-tiny", "num_hidden_layers": 1}, tokenizer)
-    assert twin.config.vocab_size == 257 and twin.config.eos_token_id == 256
-    assert len(twin.model.layers) == 1 and twin.config.hidden_size == 128
-    assert config.eos_token_id == config.bos_token_id == tokenizer.eos_token_id == 256
+    end = tokenizer.eos_token_id
+    for model in (LLAMA, {"preset": "llama-tiny", "num_hidden_layers": 1}, "tiny"):
+        config = training.build(model, tokenizer).config
+        assert config.vocab_size == len(tokenizer) == 257 and config.eos_token_id == end
+    assert training.build({"preset": "tiny", "num_hidden_layers": 1}, tokenizer).config.blocks
 
 
 @pytest.mark.parametrize(
@@ -186,11 +197,8 @@ def test_a_run_leaves_what_is_needed_to_read_it(trained):
     out, result = trained
     assert Run.read(out / "run.yaml") == tiny_run()
     versions = json.loads((out / "versions.json").read_text())
-    assert (
-        versions["torch"] == torch.__version__
-        and versions["digest"] == "tiny"
-        and versions["data"] == {}
-    )
+    assert versions["torch"] == torch.__version__ and versions["digest"] == result.digest
+    assert versions["data"]["tokenizers"] == versions["tokenizers"]
     assert [c.name for c in checkpoints(out)] == ["checkpoint-9", "checkpoint-12"]
     SAVE(out)
     assert (out / "loss.png").stat().st_size > 1000
@@ -200,7 +208,7 @@ def test_a_run_leaves_what_is_needed_to_read_it(trained):
     assert [line["step"] for line in lines if "held_out_loss" in line] == [5, 10, 12]
     assert lines[-1]["tokens"] == result.tokens == 12 * 4 * 16
     assert lines[-1]["held_out_loss"] == result.loss
-    assert result.digest == "tiny" and result.seed == 0 and result.processes == 1
+    assert result.seed == 0 and result.processes == 1
     assert result.parameters == AutoModelForCausalLM.from_pretrained(out).num_parameters()
     assert 0 < result.mfu and 0 < result.tokens_per_second and result.peak_memory > 10**8
 
@@ -222,16 +230,19 @@ def test_a_folder_holds_one_run(trained):
 def test_the_held_out_loss_counts_every_token_once(trained):
     out, result = trained
     model = AutoModelForCausalLM.from_pretrained(out)
-    nats, count = 0.0, 0
-    for item in TinyText().prepare().held_out:  # one by one, where the run took threes
+    nats, count, prepared = 0.0, 0, Data(**DATA).prepare()
+    assert len(prepared.held_out) % 3, "a batch that is not full shows what is left out"
+    for item in prepared.held_out:  # one by one, where the run took threes
         batch = {name: value[None] for name, value in item.items() if name != "labels"}
         scores = model(**batch, use_cache=False).logits[0, :-1].double().log_softmax(-1)
         for t, label in enumerate(item["labels"][1:].tolist()):
             if label != -100:
                 nats, count = nats - scores[t, label].item(), count + 1
+    assert count == prepared.held_out.predicted
     # the model computes in float32
     assert result.loss == pytest.approx(nats / count, rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2), rel=1e-12)
+    bits = result.loss / math.log(2) / prepared.bytes_per_token
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-12)
     assert cem.lm.evaluate(out) == {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
 
@@ -264,15 +275,15 @@ def test_a_checkpoint_writes(trained):
 def test_other_data_are_refused(tmp_path):
     (tmp_path / "versions.json").write_text('{"digest": "other"}')
     with pytest.raises(
-        ValueError, match="the data of .* have changed .*: got digest tiny and not other"
+        ValueError, match="the data of .* have changed .*: got digest .* and not other"
     ):
         cem.lm.train(tiny_run(), tmp_path)
 
 
 def test_too_little_data(tmp_path):
-    run = tiny_run(trainer={"per_device_train_batch_size": 64})
+    run = tiny_run(trainer={"per_device_train_batch_size": 640})
     with pytest.raises(
-        ValueError, match="got 56 and 64; type `trainer.per_device_train_batch_size"
+        ValueError, match="got .* and 640; type `trainer.per_device_train_batch_size"
     ):
         cem.lm.train(run, tmp_path)
 
@@ -305,7 +316,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("optimizer", "step"), [("adamw", 1), ("adamw", 12), ("muon", 5)])
 def test_an_interrupted_run_takes_the_same_losses(optimizer, step, tmp_path, monkeypatch):
-    # 14 steps make an epoch of 56 windows: 30 steps end in the third one
+    assert 8 < len(Data(**DATA).prepare().train) // 4 < 20  # 30 steps are some epochs
     run = tiny_run(
         optimizer=optimizer, trainer={"max_steps": 30, "save_steps": 4, "logging_steps": 3}
     )
@@ -367,22 +378,13 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path):
     assert Path(state["best_model_checkpoint"]) in checkpoints(tmp_path)
 
 
-PROGRAM = """
-import sys
-sys.path.insert(0, {tests!r})
-import cem.lm, tiny_text
-cem.lm.Data = tiny_text.TinyText
-cem.lm.train(cem.lm.Run.read(sys.argv[1]), sys.argv[2])
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_run_takes_the_same_losses(tmp_path):
     run = tiny_run(trainer={"max_steps": 40, "save_steps": 6, "eval_steps": 20})
     (tmp_path / "run.yaml").write_text(run.to_yaml())
-    out, program = tmp_path / "killed", PROGRAM.format(tests=str(ROOT / "tests"))
-    command = [sys.executable, "-c", program, str(tmp_path / "run.yaml"), str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "cem", "train", tmp_path / "run.yaml", "--out", out]
+    process = subprocess.Popen(command, cwd=ROOT)
     step = random.Random().randint(8, 30)
     while process.poll() is None and len(read_records(out / "metrics.jsonl")) < step:
         time.sleep(0.002)
@@ -490,7 +492,7 @@ def test_the_operations_of_a_llama():
     attention = layers * 2 * 2 * T * dim  # scores and mixing, forward
     before = torch.random.get_rng_state()
     # some versions of transformers turn the rotary angles by a matrix product too
-    counted = flops_per_token(model, TinyText().prepare().train[0])
+    counted = flops_per_token(model, Data(**DATA).prepare().train[0])
     assert counted == pytest.approx(6 * matrices + 3 * attention, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(before, torch.random.get_rng_state())
@@ -543,7 +545,7 @@ def test_the_energies_of_the_layers_are_recorded(tmp_path, monkeypatch):
     assert [(x["step"], x["layer"]) for x in lines] == list(itertools.product(steps, names))
     trained = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(trained).__name__ == "CEMForCausalLM"
-    batch = transformers.default_data_collator(TinyText().prepare().held_out)
+    batch = transformers.default_data_collator(Data(**DATA).prepare().held_out)
     del batch["labels"]
     for line, layer in zip(lines[-4:], cem.trace(trained, use_cache=False, **batch), strict=True):
         assert line["before"] == pytest.approx(layer.before[0].mean().item(), rel=1e-6)

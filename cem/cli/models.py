@@ -41,7 +41,8 @@ def train(
     print(
         f"held out {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} bits a byte; "
         f"{result.parameters:,} parameters, {result.tokens:,} tokens, "
-        f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.0%}; see {out}"
+        f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.0%}; "
+        f"data {result.digest}; see {out}"
     )
 
 

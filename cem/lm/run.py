@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from .data import Data
+
 # What is usual in pretraining, where `transformers.TrainingArguments` is made for fine-tuning.
 # A number of steps below 1 is a share of all steps.
 DEFAULTS = {
@@ -125,8 +127,6 @@ class Run:
                     f"`trainer.{name}` has another place: got {self.trainer[name]!r}; {advice}"
                 )
         from transformers import TrainingArguments
-
-        from cem.lm import Data
 
         refuse_unknown(self.trainer, [f.name for f in fields(TrainingArguments)], "trainer.")
         refuse_unknown(self.data, [f.name for f in fields(Data)], "data.")

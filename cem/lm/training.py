@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .._version import __version__
 from . import pictures
 from .callbacks import Clock, Energies, Metrics, Progress, Records, has_energies
+from .data import Data
 from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
 from .presets import preset
 from .run import Run, refuse_unknown
@@ -250,8 +251,8 @@ def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    given = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt")
-    ids = given["input_ids"].to(model.device)
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    ids = torch.tensor([ids], device=model.device)
     transformers.set_seed(seed)
     options = {"do_sample": True, "pad_token_id": tokenizer.eos_token_id} | options
     mask = torch.ones_like(ids)
@@ -276,13 +277,10 @@ def _claim(run: Run, out: Path) -> None:
 
 def _trainer(run: Run, out: Path, model=None):
     """The trainer of a run, with a new model unless one is given, and its data."""
-    from cem.lm import Data
-
     args = arguments(run, out)
     if args.device.type == "cpu":
         torch.set_num_threads(run.threads)
-    with args.main_process_first(desc="preparing the data"):
-        prepared = Data(**run.data).prepare()
+    prepared = Data(**run.data).prepare()
     _same_data(prepared, out)
     if model is None:
         transformers.set_seed(run.seed)
