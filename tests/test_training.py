@@ -105,6 +105,17 @@ def test_a_run_is_a_file_with_changes(tmp_path):
     assert Run.from_yaml(run.to_yaml()) == run
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("off", "off"), ("true", True), ("False", False), ("3e-4", 3e-4), ("1.5", 1.5)]
+    + [("2", 2), ("-1e3", -1000.0), (".5", 0.5), ("1.0e-2", 0.01), ("null", None), ("e4", "e4")],
+)
+def test_values_are_those_of_yaml_1_2(text, value):
+    run = Run.from_yaml("", [f"model={{a: {text}}}"])
+    assert run.model == {"a": value} and type(run.model["a"]) is type(value)
+    assert Run.from_yaml(run.to_yaml()) == run
+
+
 def test_the_defaults_are_those_of_pretraining(tmp_path):
     args = training.arguments(Run(), tmp_path)
     assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.95, 0.1)
@@ -273,11 +284,19 @@ def test_a_checkpoint_writes(trained):
 
 
 def test_other_data_are_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text(tiny_run().to_yaml())
     (tmp_path / "versions.json").write_text('{"digest": "other"}')
     with pytest.raises(
         ValueError, match="the data of .* have changed .*: got digest .* and not other"
     ):
         cem.lm.train(tiny_run(), tmp_path)
+
+
+def test_a_run_that_does_not_start_claims_no_folder(tmp_path):
+    for wrong in ({"optim": "sdg"}, {"per_device_train_batch_size": 640}):
+        with pytest.raises(ValueError):
+            cem.lm.train(tiny_run(trainer=wrong), tmp_path)
+    cem.lm.train(tiny_run(trainer={"max_steps": 1}), tmp_path)
 
 
 def test_too_little_data(tmp_path):

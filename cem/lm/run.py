@@ -202,12 +202,17 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as in YAML 1.2; for PyYAML it is a text."""
+    """YAML 1.2 where PyYAML's is older: 3e-4 is a number, and `no` is a text, not false."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
-)
+_OLDER = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _OLDER]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_OLDER[0], re.compile("(true|false|True|False)$"), "tfTF")
+_NUMBER = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.inf$|\.nan$"
+_Loader.add_implicit_resolver(_OLDER[1], re.compile(_NUMBER), "-+.0123456789")
 
 
 def _load(text: str, where: str):

@@ -147,7 +147,7 @@ def train(run: Run, out: str | Path) -> Result:
         ValueError: ``out`` holds another run, or something in the run cannot be had.
     """
     out = Path(out)
-    _claim(run, out)
+    _same_run(run, out)
     if (out / "result.json").is_file():
         return Result.read(out)
     trainer, prepared = _trainer(run, out)
@@ -155,14 +155,14 @@ def train(run: Run, out: str | Path) -> Result:
     last = checkpoints(out)[-1] if checkpoints(out) else None
     state = transformers.TrainerState.load_from_json(last / "trainer_state.json") if last else None
     step = state.global_step if state else 0
+    _enough(prepared.train, trainer.get_total_train_batch_size(args))
     if args.should_save:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        if not (out / "versions.json").is_file():
+        if not (out / "run.yaml").is_file():
             versions = _versions() | {"digest": prepared.digest, "data": prepared.versions}
             _write(out / "versions.json", json.dumps(versions, indent=2))
-
+            _write(out / "run.yaml", run.to_yaml())
     context = len(prepared.train[0]["input_ids"])
-    _enough(prepared.train, trainer.get_total_train_batch_size(args))
     per_token = flops_per_token(model, prepared.train[0])
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     peak = peak_flops(args.device.type, dtype) * args.world_size
@@ -260,14 +260,10 @@ def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **
     return prompt + tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def _claim(run: Run, out: Path) -> None:
-    """Write run.yaml, or see that the one there says the same."""
-    path = out / "run.yaml"
-    if not path.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        _write(path, run.to_yaml())
+def _same_run(run: Run, out: Path) -> None:
+    if not (out / "run.yaml").is_file():
         return
-    difference = run.difference(Run.read(path))
+    difference = run.difference(Run.read(out / "run.yaml"))
     if difference is not None:
         name, mine, theirs = difference
         raise ValueError(
