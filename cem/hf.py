@@ -6,12 +6,6 @@
 'CEMForCausalLM'
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
 from cem.lm.config import CEMConfig as CEMConfig
 from cem.lm.model import CEMForCausalLM as CEMForCausalLM
 from cem.lm.model import CEMModel as CEMModel
-
-AutoConfig.register("cem", CEMConfig, exist_ok=True)
-AutoModel.register(CEMConfig, CEMModel, exist_ok=True)
-AutoModelForCausalLM.register(CEMConfig, CEMForCausalLM, exist_ok=True)

@@ -10,3 +10,20 @@ from cem.lm.packing import Packed as Packed
 from cem.lm.windows import batches as batches
 from cem.lm.windows import even_windows as even_windows
 from cem.lm.windows import joined as joined
+
+# Imported when they are first asked for: they need transformers.
+_LAZY = {
+    "Result": "training",
+    "Run": "run",
+    "evaluate": "training",
+    "sample": "training",
+    "train": "training",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,14 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -300,3 +307,8 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
+
+
+AutoConfig.register("cem", CEMConfig, exist_ok=True)
+AutoModel.register(CEMConfig, CEMModel, exist_ok=True)
+AutoModelForCausalLM.register(CEMConfig, CEMForCausalLM, exist_ok=True)

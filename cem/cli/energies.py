@@ -1,7 +1,4 @@
-"""The command line: ``cem demo``, ``cem derive``, ``cem plot``.
-
-Heavy imports stand inside the commands, so that help and mistakes are answered at once.
-"""
+"""``cem demo``, ``cem derive``, ``cem plot``: energies and what they become."""
 
 import importlib
 import importlib.util
@@ -14,18 +11,9 @@ from typing import Annotated
 
 import typer
 
-from cem._version import __version__
+from .app import UserError, app, prepare, sentence, write
 
-app = typer.Typer(
-    name="cem",
-    help="Turn energies into layers: derive, run and look at them.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-_EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _DEMO = ("gated_energy.py:gated", "attention_energy.py:interaction")
 
 EnergyArgument = Annotated[
@@ -39,35 +27,6 @@ SizesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SIZE=VALUE]...", help="Sizes and scalars, such as dim=64 heads=4."),
 ]
-
-
-class UserError(Exception):
-    """What the person who typed the command can mend: one sentence, no traceback, exit code 2."""
-
-
-def main() -> None:
-    """The entry point of the command ``cem``."""
-    try:
-        app(prog_name="cem")
-    except UserError as error:
-        print(f"cem: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"cem {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    del version
 
 
 @app.command()
@@ -114,14 +73,14 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: got {error.strerror}; name a folder") from None
-    _prepare(threads)
+    prepare(threads)
     energies = [_load(name) for name in energy]
     from cem.demo import run
 
     try:
         run(energies, seconds=seconds, steps=steps, text=text, out=out, seed=seed)
     except (ValueError, TypeError) as error:
-        raise UserError(_sentence(error)) from error
+        raise UserError(sentence(error)) from error
 
 
 @app.command()
@@ -140,7 +99,7 @@ def derive(
     derivation = _layer(found, sizes).derivation if sizes else found.derivation()
     print(derivation)
     if out is not None:
-        _write(out, derivation.html().encode())
+        write(out, derivation.html().encode())
 
 
 @app.command()
@@ -160,7 +119,7 @@ def plot(
     On the left the energy around the last token, with the path of the steps; on the right how far
     the energy of each token fell, step by step.
     """
-    _prepare(1)
+    prepare(1)
     found = _load(energy)
     import torch
     from matplotlib import pyplot as plt
@@ -179,21 +138,11 @@ def plot(
         pictures.tokens(trace, ax=right)
         figure.savefig(buffer, format=out.suffix[1:] or "png", dpi=150)
     except ValueError as error:  # a state of one coordinate, a picture of an unknown format
-        raise UserError(_sentence(error)) from error
+        raise UserError(sentence(error)) from error
     finally:
         plt.close(figure)
-    _write(out, buffer.getvalue())
+    write(out, buffer.getvalue())
     print(trace.table())
-
-
-def _prepare(threads: int) -> None:
-    """Set the threads of torch, and what torch and matplotlib read when they are loaded."""
-    # Threads that wait sleep: where other programs run, spinning ones are many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _load(spec: str):
@@ -237,7 +186,7 @@ def _module(place: str):
     except Exception as error:  # whatever the file of a user may raise
         raise UserError(
             f"{place}, line {_line(error, path)}, cannot be run: got {type(error).__name__}: "
-            f"{_sentence(error)}; `python {place}` shows where it comes from"
+            f"{sentence(error)}; `python {place}` shows where it comes from"
         ) from error
     return module
 
@@ -252,7 +201,7 @@ def _imported(name: str):
         ) from None
     except Exception as error:  # whatever the module of a user may raise
         raise UserError(
-            f"module `{name}` cannot be imported: got {type(error).__name__}: {_sentence(error)}; "
+            f"module `{name}` cannot be imported: got {type(error).__name__}: {sentence(error)}; "
             f'`python -c "import {name}"` shows where it comes from'
         ) from error
 
@@ -299,21 +248,4 @@ def _layer(energy, sizes: list[str], **options):
     try:
         return cem.derive(energy, **values, **options)
     except (ValueError, TypeError) as error:
-        raise UserError(_sentence(error)) from error
-
-
-def _sentence(error: Exception) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write whole or not at all, and say where."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: got {error.strerror}; name another file") from None
-    print(f"wrote {path}")
+        raise UserError(sentence(error)) from error

@@ -1,0 +1,9 @@
+"""The command line: energies (``demo``, ``derive``, ``plot``) and models (``train``, ``eval``, ``sample``).
+
+Heavy imports stand inside the commands, so that help and mistakes are answered at once.
+"""
+
+from . import energies as energies
+from . import models as models
+from .app import UserError as UserError
+from .app import main as main

@@ -1,0 +1,93 @@
+"""``cem train``, ``cem eval``, ``cem sample``: language models."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import UserError, app, prepare, sentence
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a trained run.")]
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Model, data and training.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="Such as trainer.max_steps=20 model=tiny."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default runs/ and the file's name.")
+    ] = None,
+) -> None:
+    """Train a language model as a file says.
+
+    Typed again it goes on where it was interrupted, and shows the result of a finished run. The
+    names under `trainer` are those of transformers.TrainingArguments. On several GPUs:
+    torchrun --nproc-per-node GPUS -m cem train RUN.yaml
+    """
+    prepare(1)
+    with _answered():
+        from cem.lm.run import Run
+        from cem.lm.training import train
+
+        said = Run.read(run, changes or ())
+        out = out or Path("runs") / run.stem
+        result = train(said, out)
+    print(
+        f"held out {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} bits a byte; "
+        f"{result.parameters:,} parameters, {result.tokens:,} tokens, "
+        f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.0%}; "
+        f"data {result.digest}; see {out}"
+    )
+
+
+@app.command("eval")
+def evaluate(out: OutArgument) -> None:
+    """Compute the held-out loss of a trained model anew."""
+    prepare(1)
+    with _answered():
+        from cem.lm.training import evaluate
+
+        found = evaluate(out)
+    print(f"held out {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits a byte")
+
+
+@app.command()
+def sample(
+    out: OutArgument,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+    tokens: Annotated[int, typer.Option(help="How many to write at most.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among this many; 0 is all.", min=0)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Let a trained model write."""
+    prepare(1)
+    options = {"temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    with _answered():
+        from cem.lm.training import sample
+
+        text = sample(out, prompt, tokens=tokens, seed=seed, **options)
+    print(text)
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Mistakes of the person who typed the command end in one sentence."""
+    missing = [
+        name for name in ("transformers", "accelerate") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise UserError(
+            f"training needs {' and '.join(missing)}: got an environment without; "
+            "type `pip install 'causal-energy-minimization[lm]'`"
+        )
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UserError(sentence(error)) from error
