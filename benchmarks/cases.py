@@ -113,9 +113,9 @@ def interaction_as(kind: str, settings: Settings) -> nn.Module:
     return AutogradOfEnergy(layer) if kind == "autograd" else layer
 
 
-def backward(module: nn.Module, h: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of ``(module(h) * weights).sum()`` for h and every parameter, in that order."""
-    return torch.autograd.grad(module(h), [h, *module.parameters()], weights)
+def backward(module: nn.Module, h: Tensor, weights: Tensor, **seen: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of ``(module(h, **seen) * weights).sum()`` for h and every parameter, in that order."""
+    return torch.autograd.grad(module(h, **seen), [h, *module.parameters()], weights)
 
 
 def largest_difference(case: Case, settings: Settings) -> float:

@@ -24,6 +24,7 @@ class Settings:
             that of (batch, heads, T, T, rank): 3 GiB at T = 512.
         space_seq, recursion_seqs, linear_seqs: numbers of tokens in the sections of ``benchmarks.space``;
             linear attention is compared with softmax attention at ``softmax_seq``.
+        packed_seqs: at which packed documents are timed.
         contexts, widths: numbers of tokens seen, and pairs (dim, heads), at which decoding is timed.
         sample: seconds that one timed sample lasts at least, by repetition.
         processes, derive_processes: fresh processes for the import, and for each energy.
@@ -52,6 +53,7 @@ class Settings:
     recursion_seqs: tuple[int, ...] = (256, 1024)
     linear_seqs: tuple[int, ...] = (1024, 2048, 4096, 8192)
     softmax_seq: int = 4096
+    packed_seqs: tuple[int, ...] = (2048, 4096)
     contexts: tuple[int, ...] = (4096, 16384)
     widths: tuple[tuple[int, int], ...] = ((256, 4), (512, 8))
     rounds: int = 60
@@ -88,6 +90,7 @@ class Settings:
             recursion_seqs=(16,),
             linear_seqs=(64, 128),
             softmax_seq=64,
+            packed_seqs=(16,),
             contexts=(16,),
             widths=((32, 2),),
             rounds=3,

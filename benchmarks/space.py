@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,7 +13,14 @@ from torch import nn
 import cem
 
 from . import counts, layers
-from .cases import ROTARY, backward, diagonal_layer, interaction_as, interaction_layer
+from .cases import (
+    ROTARY,
+    backward,
+    diagonal_layer,
+    interaction_as,
+    interaction_layer,
+    rotary_layer,
+)
 from .handwritten import CachedAttention, TiedAttention
 from .measures import HAND_WRITTEN, LINEAR, MIB, against_twin, both_modes, inputs
 from .memory import exponent, fresh_peak
@@ -25,9 +33,11 @@ AS_WIDE = 1.1
 RECURSION = 0.03
 LINEAR_TIME = 1.15
 DECODE = 1.3
+PACKED = 2.0
 ROTARY_TIME = 1.03
 
 STEPS = 4
+DOCUMENT = 300
 LINEAR_ENERGIES = ("squared_interaction", "gated_linear_attention")
 
 
@@ -160,6 +170,29 @@ def _times(layer: nn.Module, seqs: tuple[int, ...], settings: Settings) -> dict[
     return found
 
 
+def packed(settings: Settings) -> Iterator[Row]:
+    """Packed documents, by a dense mask and by blocks; with the backward pass where blocks have one."""
+    title = 'Time of packed documents by a dense mask / by `lowering="flex"`'
+    where = {"device": settings.device, "dtype": settings.torch_dtype}
+    masked = rotary_layer(settings).to(**where)
+    blocks = rotary_layer(settings, lowering="flex").to(**where)
+    blocks.load_state_dict(masked.state_dict())
+    for seq in settings.packed_seqs:
+        h, leaf, weights = inputs(settings, seq)
+        seen = {"document_ids": torch.arange(seq, device=settings.device) // DOCUMENT}
+        what = f"rotary interaction, documents of {DOCUMENT}, T={seq}"
+        with torch.no_grad():
+            sides = [partial(layer, h, **seen) for layer in (masked, blocks)]
+            one, other = (side() for side in sides)
+            pair = interleave(*sides, settings)
+        row = of_pair(title, f"{what}, forward", pair, least=PACKED)
+        yield replace(row, detail={**row.detail, "difference": (one - other).abs().max().item()})
+        if settings.device.startswith("cuda"):
+            sides = [partial(backward, layer, leaf, weights, **seen) for layer in (masked, blocks)]
+            pair = interleave(*sides, settings)
+            yield of_pair(title, f"{what}, forward and backward", pair, least=PACKED)
+
+
 def decode(settings: Settings) -> Iterator[Row]:
     """One more token, with the derived cache of the tied layer and with a cache of keys and values by hand."""
     for dim, heads in settings.widths:
@@ -227,6 +260,7 @@ SECTIONS = {
     "recursion": recursion,
     "rotary": rotary,
     "linear": linear,
+    "packed": packed,
     "decode": decode,
 }
 

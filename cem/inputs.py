@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .energy import Energy
-from .visibility import visible_mask
+from .visibility import Packed, packed, visible_mask
 
 
 class Seen(NamedTuple):
@@ -21,7 +21,8 @@ class Seen(NamedTuple):
 
     Attributes:
         x: norm(context), (B, S, D), or None for an energy without a context.
-        visible: bool (B or 1, 1, T, S), or None where everything is visible or ``causal`` says it.
+        visible: bool (B or 1, 1, T, S), or None where everything is visible or ``causal`` says it; documents and
+            padding of the tokens where all that reads it is ``flex_attention``.
         causal: s <= t, where there is no mask (T equal to S).
         position: positions of the states, (B or 1, T), or None for an energy without positions.
         context_position: positions of the context tokens, (B or 1, S), or None.
@@ -30,7 +31,7 @@ class Seen(NamedTuple):
     """
 
     x: Tensor | None
-    visible: Tensor | None
+    visible: Tensor | Packed | None
     causal: bool
     position: Tensor | None
     context_position: Tensor | None
@@ -59,12 +60,14 @@ class Reader:
         context_positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         dense: bool = False,
+        packed: bool = False,
         past: int | None = None,
     ) -> tuple[Tensor, Tensor, Seen]:
         """(h, norm(h), what is seen), each with one batch axis.
 
-        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone. With ``past``
-        earlier tokens in a cache, the mask is over them too, x and ``context_position`` are those of the new ones.
+        ``dense`` asks for the mask (B or 1, 1, T, S) even where a kernel could do with ``causal`` alone, ``packed`` for
+        none where documents and padding are all that hides tokens from each other. With ``past`` earlier tokens in a
+        cache, the mask is over them too, x and ``context_position`` are those of the new ones.
         """
         self.check(h, "state", self.dim)
         tokens = h.reshape(-1, *h.shape[-2:])
@@ -86,7 +89,7 @@ class Reader:
                     " call it with `context=`"
                 )
             T, S = tokens.shape[1], x.shape[1] + (past or 0)
-            mask, causal = self._visible(T, S, visible, document_ids, h, dense)
+            mask, causal = self._visible(T, S, visible, document_ids, h, dense, packed)
         ordered = all(given is None for given in (context, positions, context_positions))
         ordered = ordered and self.placed and not past
         if past is not None and self.placed and positions is None:
@@ -137,8 +140,9 @@ class Reader:
         document_ids: Tensor | None,
         h: Tensor,
         dense: bool,
-    ) -> tuple[Tensor | None, bool]:
-        """The mask (B or 1, 1, T, S) or None, and whether a kernel must still apply causality."""
+        compact: bool,
+    ) -> tuple[Tensor | Packed | None, bool]:
+        """The mask (B or 1, 1, T, S), documents or None, and whether a kernel must still apply causality."""
         energy = self.energy
         if self.causal and S < T:
             raise ValueError(
@@ -155,16 +159,12 @@ class Reader:
                 f"layer `{energy.name}` cannot be masked: {energy.reason}; give the callable an argument"
                 " `visible` (bool, (seq,)) and mask with it"
             )
-        return visible_mask(
-            visible,
-            h.shape[:-2],
-            T,
-            S,
-            causal=self.causal,
-            document_ids=document_ids,
-            device=h.device,
-            name=energy.name,
-        ), False
+        lead, given = h.shape[:-2], {"document_ids": document_ids, "device": h.device}
+        padding = visible is None or visible.dim() == len(lead) + 1
+        if compact and not dense and T == S and padding:
+            return packed(visible, lead, T, causal=self.causal, name=energy.name, **given), False
+        mask = visible_mask(visible, lead, T, S, causal=self.causal, name=energy.name, **given)
+        return mask, False
 
     def _positions(
         self,

@@ -37,6 +37,7 @@ ATTRIBUTES = (
     "causal",
     "refresh",
     "dense",
+    "packs",
     "moving",
     "joint",
     "tolerance",
@@ -111,6 +112,7 @@ class EnergyLayer(nn.Module):
         options["still"] = descent.is_still(self)
         lowering = lower(self.energy_function, self._sizes, self._fixed, names, **options)
         self.dense = descent.needs_dense(self, lowering)
+        self.packs = lowering.packs and not self.update.needs and self.tolerance is None
         return lowering
 
     def reset_parameters(self) -> None:
@@ -179,7 +181,8 @@ class EnergyLayer(nn.Module):
         """States (B, T, D) from the inputs of :meth:`forward`, and what the first step descends."""
         if cache is not None:
             return decode(self, cache, h, **inputs)
-        h, g, seen = self.reader(self.norm, h, dense=dense or self.dense, **inputs)
+        packed = self.packs and kind is LayerObjective
+        h, g, seen = self.reader(self.norm, h, dense=dense or self.dense, packed=packed, **inputs)
         values = self.values()
         fixed = self.lowering.prepare(g, g, *seen, *values)
         return h, kind(self, g, g, seen, values, fixed)
@@ -327,14 +330,17 @@ def derive(
             this in the step; ``steps`` is the most, ``layer.steps_taken`` how many there were. It reads data, so
             ``torch.compile`` breaks the graph at every step.
         checkpoint: keep one state a step for the backward pass and take the step again there.
-        lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible) or ``"autograd"``.
+        lowering: ``"auto"``, ``"fused"`` (an error where only autograd is possible), ``"flex"`` (also
+            ``flex_attention`` under masks and biases where it runs, on CUDA and, without gradients, on CPUs: the
+            same numbers, no T x S for documents and padding, compiled once a shape) or ``"autograd"``.
         learn: names of scalars to learn; the others keep their value.
         device, dtype: where and in what the parameters are held, as in ``nn.Module.to``.
         **sizes_and_scalars: every named size (``heads=4``), and scalars that differ from their default.
 
     Raises:
         ValueError: an unknown or missing size or scalar, sizes that do not multiply to the width, a causal or
-            masked layer of a callable that cannot be masked; ``LoweringError`` where ``"fused"`` cannot be had.
+            masked layer of a callable that cannot be masked; ``LoweringError`` where ``"fused"`` or
+            ``"flex"`` cannot be had.
         TypeError: something that is not an ``Energy``.
 
     >>> import cem

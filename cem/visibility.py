@@ -6,9 +6,54 @@ Legend: B batch, T tokens, S context tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """The visible set of packed documents with padding, from numbers of the tokens alone: T equals S.
+
+    Attributes:
+        documents: (B or 1, T), a number a document; a token sees its own.
+        present: bool (B or 1, T), False for padding, which nothing sees.
+        causal: also s <= t.
+    """
+
+    documents: Tensor
+    present: Tensor
+    causal: bool
+
+    def dense(self) -> Tensor:
+        """The same as a bool tensor (B or 1, 1, T, T).
+
+        >>> one = torch.ones(1, 2, dtype=torch.bool)
+        >>> Packed(torch.tensor([[4, 7]]), one, True).dense().int().tolist()
+        [[[[1, 0], [0, 1]]]]
+        """
+        mask = self.documents.unsqueeze(-1) == self.documents.unsqueeze(-2)
+        mask = mask & self.present.unsqueeze(-2)
+        return (mask.tril() if self.causal else mask).unsqueeze(1)
+
+
+def packed(
+    visible: Tensor | None,
+    lead: Sequence[int],
+    T: int,
+    *,
+    causal: bool,
+    device: torch.device | str,
+    name: str,
+    document_ids: Tensor | None = None,
+) -> Packed:
+    """The visible set of T tokens in themselves as :class:`Packed`; ``visible`` is (*lead, T) or None."""
+    documents = present = torch.ones(1, T, dtype=torch.bool, device=device)
+    if visible is not None:
+        present = _as_pairs(visible, tuple(lead), T, T, name)[:, 0]
+    if document_ids is not None:
+        documents = _documents(document_ids, tuple(lead), T, T, name)
+    return Packed(documents, present, causal)
 
 
 def visible_mask(
@@ -45,20 +90,20 @@ def visible_mask(
         own = _as_pairs(visible, tuple(lead), T, S, name)
         mask = mask & own if causal else own
     if document_ids is not None:
-        mask = mask & _same_document(document_ids, tuple(lead), T, S, name)
+        ids = _documents(document_ids, tuple(lead), T, S, name)
+        mask = mask & (ids[:, S - T :, None] == ids[:, None, :])
     return mask.unsqueeze(1)
 
 
-def _same_document(ids: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
-    """Whether token and context token are of one document, (B or 1, T, S)."""
+def _documents(ids: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:
+    """A user's numbers of documents as (B or 1, S)."""
     fits = all(size in (1, full) for size, full in zip(ids.shape[:-1], lead, strict=False))
     if ids.shape[-1:] != (S,) or ids.dim() not in (1, len(lead) + 1) or not fits or S < T:
         raise ValueError(
             f"layer `{name}`: `document_ids` must have shape {(S,)} or {(*lead, S)}: got {tuple(ids.shape)}"
         )
     shared = all(size == 1 for size in ids.shape[:-1])
-    ids = ids.reshape(1, S) if shared else ids.expand(*lead, S).reshape(-1, S)
-    return ids[:, S - T :, None] == ids[:, None, :]
+    return ids.reshape(1, S) if shared else ids.expand(*lead, S).reshape(-1, S)
 
 
 def _as_pairs(visible: Tensor, lead: tuple[int, ...], T: int, S: int, name: str) -> Tensor:

@@ -140,7 +140,7 @@ DERIVE = {
     ),
     "an unknown lowering": (
         lambda: cem.derive(interaction, lowering="fast", **SIZES),
-        '`lowering` is one of "auto", "fused", "autograd": got \'fast\'; type `lowering="auto"`',
+        '`lowering` is one of "auto", "fused", "flex", "autograd": got \'fast\'; type `lowering="auto"`',
     ),
     "a lowering that does not fit": (
         lambda: cem.derive(running, dim=3, causal=False, lowering="fused"),

@@ -155,10 +155,11 @@ class Lowering:
     Attributes:
         kind: ``"fused"`` for a program in closed form, ``"autograd"`` for the derivative taken at run time.
         kernels: what the program is made of: ``"sdpa"``, ``"matmul"``, ``"einsum"``, ``"dense_softmax"``,
-            ``"dense_logsumexp"``, ``"autograd"``.
+            ``"dense_logsumexp"``, ``"flex_attention"``, ``"autograd"``.
         reasons: sentences that say why something was not fused.
         scale: dE/dh is ``scale`` times what ``gradient`` returns.
         needs_mask: whether the visible set is needed as a dense mask even where a kernel knows it is causal.
+        packs: whether ``gradient`` can do without one where only documents and padding hide tokens.
         code: the program of ``gradient`` as readable Python; ``graph`` is it as a torch.fx graph, None for autograd.
         prepare: the values that stay the same from step to step, as a tuple.
         gradient: dE/dh (B, T, D) divided by ``scale``.
@@ -173,6 +174,7 @@ class Lowering:
     reasons: tuple[str, ...]
     scale: float = 1.0
     needs_mask: bool = False
+    packs: bool = False
     code: str
     graph: fx.Graph | None = None
     prepare: Callable[..., tuple]
@@ -184,18 +186,21 @@ class Lowering:
 
 
 class Fused(Lowering):
-    """A program in closed form; ``fixed`` names the inputs that stay the same from step to step."""
+    """A program in closed form; ``fixed`` names the inputs that stay the same from step to step.
+
+    ``flex`` asks for ``flex_attention`` in the gradient; energies and Hessians do without.
+    """
 
     kind = "fused"
 
-    def __init__(self, plan: _Plan, fixed: Sequence[str]) -> None:
+    def __init__(self, plan: _Plan, fixed: Sequence[str], flex: bool = False) -> None:
         self.axis = output_index(plan.energy.width)
-        program = plan.program([plan.step], self.axis)
+        program = plan.program([plan.step], self.axis, flex=flex)
         self.plan = plan
         self.kernels = program.kernels
         self.reasons = program.reasons
         self.scale = program.scale
-        self.needs_mask = program.needs_mask
+        self.needs_mask, self.packs = program.needs_mask, program.packs
         self.graph = program.graph
         self.program = program
         self.code = _code(program)
@@ -313,13 +318,13 @@ def lower(
 
     ``names`` are the parameters and learned scalars in the order in which the functions take them, ``fixed`` the
     inputs that stay the same from step to step. ``"fused"`` raises ``LoweringError`` where only autograd is
-    possible, ``"autograd"`` forces the reference, ``"auto"`` is fused where it can be. Equal layers share one
-    lowering. ``joint`` asks for the derivative of the energies of all tokens together, ``still`` says that it is only
-    taken where ``frozen(h)`` is the state.
+    possible, ``"flex"`` also where nothing can be given to ``flex_attention``, ``"autograd"`` forces the reference,
+    ``"auto"`` is fused where it can be. Equal layers share one lowering. ``joint`` asks for the derivative of the
+    energies of all tokens together, ``still`` says that it is only taken where ``frozen(h)`` is the state.
     """
-    if kind not in ("auto", "fused", "autograd"):
+    if kind not in ("auto", "fused", "flex", "autograd"):
         raise ValueError(
-            f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
+            f'`lowering` is one of "auto", "fused", "flex", "autograd": got {kind!r}; type `lowering="auto"`'
         )
     return _lower(
         energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint, still
@@ -339,7 +344,7 @@ def _lower(
 ) -> Lowering:
     plan = _Plan(energy, dict(sizes), dict(scalars), names, joint, still)
     if energy.expression is None:
-        if kind == "fused":
+        if kind in ("fused", "flex"):
             raise LoweringError(
                 f"energy `{energy.name}` cannot be fused: {energy.reason};"
                 ' type `lowering="autograd"` or rewrite that line'
@@ -347,4 +352,10 @@ def _lower(
         return Autograd(plan, (energy.reason,))
     if kind == "autograd":
         return Autograd(plan, ('asked for with lowering="autograd"',))
-    return Fused(plan, fixed)
+    found = Fused(plan, fixed, kind == "flex")
+    if kind == "flex" and "flex_attention" not in found.kernels:
+        why = "; ".join(found.reasons) or "it has no softmax over the context"
+        raise LoweringError(
+            f'energy `{energy.name}` has nothing for `flex_attention`: {why}; type `lowering="auto"`'
+        )
+    return found

@@ -28,6 +28,12 @@ from .bilinear import EXACT, Feature, Score, Term, bilinear, reach, window_of
 from .features import Features, Host
 from .values import BATCH, TOKEN, Value, is_placed, is_seq, moves_with_token
 
+WHERE_FLEX = (
+    "`flex_attention` runs under a mask or a bias, for whole sequences of at least 128 tokens: on CUDA, and on a CPU"
+    " without gradients, in float32 or bfloat16; elsewhere it is `sdpa` with the mask"
+)
+ONLY_SDPA = "the log-sum-exp of attention is wanted too, which `sdpa` gives"
+
 
 def _nodes(expression: Expr) -> Iterator[Expr]:
     """Every sub-expression once, in a fixed order."""
@@ -206,11 +212,13 @@ class AttentionGroups:
                 q = ops.call(F.pad, q, (0, start - width))
                 k = ops.call(F.pad, k, (0, start - width))
             width = max(width, start)
-        ops.kernels.add("sdpa")
         ops.keep(k, "append")
         ops.keep(v, "append")
         self.reaches.append(reach(group.score.conditions))
         if (group.body, group.index) in self.wanted:
+            ops.kernels.add("sdpa")
+            if self.emitter.flex:
+                self.emitter.reasons[ONLY_SDPA] = None
             both = ops.call(
                 kernels.attention_with_logsumexp,
                 *(q, k, v, one.mask, one.causal, one.scale, one.bias),
@@ -232,11 +240,19 @@ class AttentionGroups:
     def attend(self, q: fx.Node, k: fx.Node, v: fx.Node, one: Operands, group: Group) -> fx.Node:
         """The kernel call that needs no log-sum-exp."""
         ops, mask, causal = self.emitter.ops, one.mask, one.causal
+        flex = self.emitter.flex
+        ops.kernels.add("flex_attention" if flex else "sdpa")
+        if flex:
+            self.emitter.reasons[WHERE_FLEX] = None
         window = window_of(group.score.conditions)
         if window and not one.own and one.bias is None:
             names = ("visible", "causal", "ordered", "position", "context_position")
             arguments = (q, k, v, *map(self.emitter.input, names), *window, one.scale)
+            arguments = (*arguments, True) if flex else arguments
             return ops.call(kernels.windowed_attention, *arguments, name="attended")
+        if flex:
+            arguments = (q, k, v, mask, causal, one.scale, one.bias)
+            return ops.call(kernels.flex_attention, *arguments, name="attended")
         if one.own and one.bias is None:
             arguments = (q, k, v, mask, causal, one.scale)
             return ops.call(kernels.grouped_attention, *arguments, name="attended")

@@ -45,7 +45,8 @@ class Emitter:
 
     ``sizes`` gives every named size, ``scalars`` the value of each fixed scalar; the other scalars become
     inputs. ``batched`` programs work on (batch, tokens, dim); the others on one token, with the context
-    (seq, dim) and a mask (seq,), which is what ``torch.func`` differentiates and maps.
+    (seq, dim) and a mask (seq,), which is what ``torch.func`` differentiates and maps. ``flex`` asks for
+    ``flex_attention``.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class Emitter:
         scalars: Mapping[Scalar, float],
         *,
         batched: bool = True,
+        flex: bool = False,
     ) -> None:
         self.graph = fx.Graph()
         self.constants: dict[Symbol, float | int] = {**sizes, **scalars, size_of(EXACT): 3}
         self.numbers: dict[Expr, float | int | None] = {}
-        self.batched = batched
+        self.batched, self.flex = batched, flex
         self.ops = Ops(self.graph, self.size)
         self.groups = AttentionGroups(self)
         self.linear = LinearAttention(self)

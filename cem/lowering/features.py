@@ -21,6 +21,8 @@ class Host(Protocol):
     """What a pattern needs of the emitter that it works for."""
 
     ops: Ops
+    flex: bool
+    reasons: dict[str, None]
 
     def lower(self, expression: Expr) -> Value:
         """The value of an expression; emitted once."""

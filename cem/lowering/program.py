@@ -11,6 +11,7 @@ from sympy import Expr, Idx
 from torch import fx
 
 from ..energy import INPUTS
+from . import kernels
 from .emit import Emitter
 from .values import Value, is_placed
 
@@ -21,7 +22,8 @@ class Program:
 
     ``scale`` is a factor of the first output that was left out of the graph. ``kept`` says what a decoder keeps of the
     context and how, ``window`` how far back it looks, None for to the start; ``pairs`` that context tokens enter
-    other than through what is kept, ``counts`` that the number of visible tokens does.
+    other than through what is kept, ``counts`` that the number of visible tokens does. ``packs``: nothing but
+    ``flex_attention`` reads the mask.
     """
 
     graph: fx.Graph
@@ -34,6 +36,7 @@ class Program:
     window: int | None = None
     pairs: bool = False
     counts: bool = False
+    packs: bool = False
 
 
 def _output(emitter: Emitter, expression: Expr, axes: tuple[Idx, ...]) -> fx.Node:
@@ -68,12 +71,11 @@ def program(emitter: Emitter, expressions: Sequence[Expr], over: Idx | None = No
     emitter.graph.eliminate_dead_code()
     inputs = _order_inputs(emitter.graph)
     emitter.graph.lint()
-    kernels = tuple(sorted(emitter.ops.kernels))
     reaches = emitter.groups.reaches
     return Program(
         emitter.graph,
         inputs,
-        kernels,
+        tuple(sorted(emitter.ops.kernels)),
         emitter.needs_mask,
         float(scale),
         tuple(emitter.reasons),
@@ -85,6 +87,8 @@ def program(emitter: Emitter, expressions: Sequence[Expr], over: Idx | None = No
         None if None in reaches else max(reaches, default=None),
         emitter.pairs,
         emitter.counts,
+        "visible" in inputs
+        and {node.target for node in emitter.inputs["visible"].users} == {kernels.flex_attention},
     )
 
 

@@ -8,6 +8,7 @@ equal to S). At most one of them is given. A token that sees nothing gets zeros,
 from .attention import attention_with_logsumexp, transposed_attention
 from .banded import banded_attention, windowed_attention
 from .entmax import entmax, entmax_conjugate, masked_entmax, masked_entmax_conjugate
+from .flex import flex_attention
 from .grouped import decode_attention, grouped_attention
 from .linear import (
     decayed,
@@ -36,6 +37,7 @@ __all__ = [
     "entmax",
     "entmax_conjugate",
     "exact_parts",
+    "flex_attention",
     "grouped_attention",
     "decayed",
     "linear_attention",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import attend, one_dtype
+from .flex import flex_attention
 from .masked import seen
 
 BLOCK = 64
@@ -89,11 +90,12 @@ def windowed_attention(
     window: int,
     sinks: int,
     scale: float,
+    flex: bool = False,
 ) -> Tensor:
     """Attention to tokens at a distance of positions below ``window``, and to those at positions below ``sinks``.
 
     Where the tokens are a whole sequence in order, which ``ordered`` says, it is :func:`banded_attention`; elsewhere
-    a mask of all pairs.
+    a mask of all pairs, in blocks if ``flex``.
 
     Args:
         visible, causal: as in the other kernels.
@@ -106,6 +108,8 @@ def windowed_attention(
     if sinks:
         holds = holds | (context_position < sinks).unsqueeze(-2)
     mask = seen(visible, causal, holds.unsqueeze(1))
+    if flex:
+        return flex_attention(q, k, v, mask, False, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
