@@ -9,6 +9,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from cem.lm.config import CEMConfig as CEMConfig
+from cem.lm.export import export as export
 from cem.lm.model import CEMForCausalLM as CEMForCausalLM
 from cem.lm.model import CEMModel as CEMModel
 
