@@ -37,6 +37,7 @@ MODELS = {
         [{**GATED, **descent("Momentum", learn=True), "preconditioner": "Diagonal"}],
         [{**GATED, **descent("Nesterov"), "refresh": "step", "norm": "LayerNorm"}],
     ],
+    "late": [[GATED], [ROTARY]],
     "grouped": [[GROUPED, {"energy": "two_sided_gated", "hidden": 10}]],
     "learned": [[{**ROTARY, "learn": ["beta"], "norm": {"RMSNorm": {"elementwise_affine": True}}}]],
     "different": [

@@ -91,12 +91,14 @@ def modeling(model: CEMForCausalLM) -> str:
         blocks.append(f"{{{', '.join(row)}}}")
     layers = [source.replace("$name", label, 1) for source, label in classes.items()]
     looking = (b.index for b in model.model.layers if any(map(has_context, b.parts.values())))
+    first = next(looking, 0)
     body = Template(MODELING).substitute(
         imports="",
         parts="\n\n\n".join(part.rstrip() for part in (*sources.texts.values(), *layers)),
         blocks=_blocks(blocks),
         extra="".join(text for text, wanted in extra.items() if wanted),
-        first=next(looking, 0),
+        first=first,
+        layer=f"            layer_idx={first},\n" if first else "",
     )
     sources.read_imports(IMPORTS)
     imports = sources.import_lines(body) + "\n\nfrom .configuration_cem import CEMConfig\n"

@@ -123,11 +123,11 @@ class CEMModel(CEMPreTrainedModel):
             inputs_embeds=h,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache},
+$layer            **{CACHE: cache},
         )
         visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
-        if mask is None and (isinstance(seen, Tensor) or S != seen + T):
-            # A cache with room to spare gives back more tokens than there are.
+        if mask is None and S > T and (T > 1 or isinstance(seen, Tensor) or S > seen + T):
+            # A kernel's own causality is for T = S, and a cache with room to spare gives back too much.
             latest = seen + torch.arange(T, device=h.device)
             visible = (torch.arange(S, device=h.device) <= latest[:, None])[None, None]
         dtype = torch.promote_types(h.dtype, torch.float32)

@@ -321,7 +321,9 @@ def lower(
         raise ValueError(
             f'`lowering` is one of "auto", "fused", "autograd": got {kind!r}; type `lowering="auto"`'
         )
-    return _lower(energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint, still)
+    return _lower(
+        energy, tuple(sizes.items()), tuple(scalars.items()), names, kind, fixed, joint, still
+    )
 
 
 @lru_cache(maxsize=256)
