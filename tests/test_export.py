@@ -1,5 +1,6 @@
 """An exported model: without cem it gives what it gave with it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import DynamicCache  # noqa: E402
 from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
 
 from cem.hf import CEMConfig, CEMForCausalLM, export  # noqa: E402
+from cem.lm.export import export_saved  # noqa: E402
 from cem.lm.model import CACHE  # noqa: E402
 
 ROTARY = {"energy": "rotary_interaction", "heads": 2, "rank": 6}
@@ -29,7 +31,9 @@ def descent(rule, **options):
     return {"steps": 2, "update": {rule: {"step_size": [0.5, 0.3], **options}}}
 
 
+TWO = cem.energies.interaction.renamed(Q="A", K="B") + cem.energies.rotary_interaction
 MODELS = {
+    "two": [[{"energy": json.loads(TWO.to_json()), "heads": 2, "rank": 4, "name": "two"}]],
     "rotary": [[ROTARY, GATED]] * 2,
     "diagonal": [[{"energy": "diagonal_plus_low_rank", "heads": 2, "rank": 5}, GATED]],
     "steps": [
@@ -176,7 +180,8 @@ def test_a_process_without_cem_loads_the_folder(tmp_path):
 
 def test_cem_loads_the_folder_too(tmp_path):
     its = model(MODELS["different"])
-    again = CEMForCausalLM.from_pretrained(export(its, tmp_path))
+    export(its, tmp_path / "one")
+    again = CEMForCausalLM.from_pretrained(export_saved(tmp_path / "one", tmp_path / "other"))
     assert type(again) is CEMForCausalLM
     assert_close(again(tokens()).logits, its(tokens()).logits)
 

@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from string import Template
 
+from transformers import AutoTokenizer
+
 from cem.layer import EnergyLayer
 
 from .layers import Residual
@@ -72,6 +74,14 @@ def export(model: CEMForCausalLM, folder: str | PathLike, *, tokenizer=None) -> 
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def export_saved(saved: str | PathLike, folder: str | PathLike) -> Path:
+    """:func:`export` a model that ``save_pretrained`` wrote, with its tokenizer if it has one."""
+    model = CEMForCausalLM.from_pretrained(saved)
+    has_tokenizer = (Path(saved) / "tokenizer_config.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(saved) if has_tokenizer else None
+    return export(model, folder, tokenizer=tokenizer)
 
 
 def modeling(model: CEMForCausalLM) -> str:

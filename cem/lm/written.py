@@ -38,11 +38,9 @@ PRECONDITIONED = {
 def check(layer: EnergyLayer, where: str) -> None:
     """Refuse, with ``ValueError``, a layer that cannot be written out."""
     kind = layer.lowering
-    kinds = (
-        kind.decoding.kinds
-        if kind.kind == "fused" and layer.energy_function.context is not None
-        else ()
-    )
+    kinds, counts = (), False
+    if kind.kind == "fused" and layer.energy_function.context is not None:
+        kinds, counts = kind.decoding.kinds, kind.decoding.counts
     for wrong, why in (
         (kind.kind == "autograd", f"its program is autograd's ({'; '.join(kind.reasons)})"),
         (type(layer.update) not in RULES, f"its update rule is {layer.update}"),
@@ -53,6 +51,7 @@ def check(layer: EnergyLayer, where: str) -> None:
         ),
         (layer.moving or not layer.causal, "its tokens move together or see later ones"),
         (layer.tolerance is not None, "it stops at a tolerance"),
+        (layer.dense or counts, "its program counts the tokens that are seen"),
         ("state" in kinds, "it keeps a state of linear attention"),
     ):
         if wrong:
@@ -60,6 +59,9 @@ def check(layer: EnergyLayer, where: str) -> None:
                 f"{where} cannot be exported: {why}; keep it with `model.save_pretrained` and load it with cem"
             )
 
+
+LOCAL = {"h", "g", "m", "x", "force", "cache", "causal", "visible", "positions", "places", "frozen"}
+"""Names that the method ``forward`` uses itself."""
 
 TYPES = {"visible": "Tensor | None", "causal": "bool"}
 LEGEND = {
@@ -121,6 +123,7 @@ class Written:
         names: list[str] = []
         for node in nodes:
             stem = shown(node).name.rstrip("_0123456789").lower()
+            stem = f"{stem}_held" if stem in LOCAL else stem
             same = sum(name.rstrip("0123456789") == stem for name in names)
             names.append(f"{stem}{same or ''}")
         return names
@@ -252,12 +255,6 @@ class Written:
             self.sources.add(appended)
             kept = f"{', '.join(self.held)} = appended(cache, self.index, [{', '.join(self.held)}])"
         lines = ["cache = kwargs[CACHE]", "if cache is not None:", f"    {kept}"]
-        if self.layer.dense or self.layer.lowering.program.counts:
-            lines += [
-                "if visible is None:",
-                f"    T, S = h.shape[1], {self.held[0]}.shape[2]",
-                "    visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=h.device).tril(S - T)",
-            ]
         if "causal" in self.force[1]:
             lines.append("causal = visible is None and h.shape[1] > 1")
         return lines
