@@ -13,8 +13,7 @@ import cem
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache  # noqa: E402
-from transformers.dynamic_module_utils import get_class_from_dynamic_module  # noqa: E402
+from transformers import DynamicCache, dynamic_module_utils  # noqa: E402
 
 from cem.hf import CEMConfig, CEMForCausalLM, export  # noqa: E402
 from cem.lm.export import export_saved  # noqa: E402
@@ -64,6 +63,18 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def modules_in_a_folder_of_their_own(tmp_path_factory):
+    """Where transformers copies the code of a folder before it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))
+        )
+        patch.setattr(sys, "path", list(sys.path))
+        patch.delitem(sys.modules, "transformers_modules", raising=False)
+        yield
+
+
 def model(layers, **options):
     torch.manual_seed(0)
     sizes = {"vocab_size": 31, "hidden_size": 12, "initializer_range": 0.3}
@@ -81,7 +92,8 @@ def tokens():
 def exported(its, folder):
     """The exported class with its weights, whatever cem has told the Auto classes."""
     export(its, folder)
-    kind = get_class_from_dynamic_module("modeling_cem.CEMForCausalLM", str(folder))
+    load = dynamic_module_utils.get_class_from_dynamic_module
+    kind = load("modeling_cem.CEMForCausalLM", str(folder))
     return kind.from_pretrained(folder).eval()
 
 
