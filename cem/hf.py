@@ -7,5 +7,6 @@
 """
 
 from cem.lm.config import CEMConfig as CEMConfig
+from cem.lm.export import export as export
 from cem.lm.model import CEMForCausalLM as CEMForCausalLM
 from cem.lm.model import CEMModel as CEMModel

@@ -134,6 +134,15 @@ def test_documents_that_begin_anew_do_not_see_each_other():
     assert torch.allclose(packed, alone, rtol=0, atol=1e-12)
 
 
+def test_a_first_block_without_a_cache_leaves_padding_hidden():
+    its = model(None, layers=[[{"energy": "gated_silu", "hidden": 10}], [ATTENTION]])
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(its.generate(ids, **options), its.generate(ids, use_cache=False, **options))
+
+
 def test_the_future_does_not_reach_the_past():
     its, ids = model(), tokens()
     other = ids.clone()

@@ -51,9 +51,9 @@ class HeldByTransformers:
         return tuple(self.cache.layers[self.index].states or (None,) * len(kept))
 
     def extend(self, seen: Seen, new: tuple[Tensor | None, ...], count: int) -> tuple[tuple, Seen]:
-        appended = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "append"]
-        if appended:
-            held = iter(self._append(appended))
+        new_keys = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "append"]
+        if new_keys:
+            held = iter(appended(self.cache, self.index, new_keys))
         values = [
             next(held) if kind == "append" else one
             for one, kind in zip(new, self.kinds, strict=True)
@@ -67,24 +67,23 @@ class HeldByTransformers:
             seen = seen._replace(context_position=self.places.to(seen.context_position.dtype))
         return tuple(values), seen
 
-    def _append(self, new: list[Tensor]) -> list[Tensor]:
-        """All that is held of each tensor, the new tokens (B, H, T, E) behind the earlier ones."""
-        batch = max(len(one) for one in new)
-        new = [one.expand(batch, -1, -1, -1) for one in new]
-        shapes = [(one.shape[1], one.shape[3]) for one in new]
-        if len(new) > 1:
-            folded = torch.cat([one.transpose(1, 2).flatten(2) for one in new], -1)[:, None]
-        else:
-            folded = new[0]
-        held, _ = self.cache.update(folded, folded[..., :0], self.index)
-        if len(new) == 1:
-            return [held]
-        widths = [heads * features for heads, features in shapes]
-        parts = held[:, 0].split(widths, -1)
-        return [
-            part.unflatten(-1, shape).transpose(1, 2)
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
+
+def appended(cache, index: int, new: list[Tensor]) -> list[Tensor]:
+    """All that a layer of a cache holds of each tensor: the new tokens (B, H, T, E) behind the earlier ones.
+
+    One tensor is held as the keys, several side by side as the features of one head.
+    """
+    batch = max(len(one) for one in new)
+    new = [one.expand(batch, -1, -1, -1) for one in new]
+    if len(new) == 1:
+        return [cache.update(new[0], new[0][..., :0], index)[0]]
+    folded = torch.cat([one.transpose(1, 2).flatten(2) for one in new], -1)[:, None]
+    held = cache.update(folded, folded[..., :0], index)[0][:, 0]
+    shapes = [(one.shape[1], one.shape[3]) for one in new]
+    parts = held.split([heads * features for heads, features in shapes], -1)
+    return [
+        part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 class StateLayer(CacheLayerMixin):

@@ -220,6 +220,8 @@ class CEMModel(CEMPreTrainedModel):
             inputs_embeds=h,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            # The mask is as long as what the first block with a cache gives back.
+            **({"layer_idx": self._first} if self._first else {}),
             **{CACHE: cache},
         )
         visible = mask if mask is None or mask.dtype == torch.bool else mask == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import linecache
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import count
 from types import SimpleNamespace
 
@@ -47,16 +47,35 @@ def spelled(target: Callable) -> str:
 
 def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
     """The source of a function ``name(*arguments)`` that computes the graph's outputs."""
-    text: dict[fx.Node, str] = {}
-    compound: set[fx.Node] = set()
     # The text is run, and arguments are the only names in it that torch.fx has not cleaned.
     for argument in arguments:
         if not argument.isidentifier():
             raise ValueError(f"an argument of a program must be a Python name: got {argument!r}")
     # A parameter may be called F; inside the function it then becomes F_.
     own = {given: f"{given}_" if given in GLOBALS else given for given in arguments}
-    arguments = list(own.values())
-    used = {*arguments, *GLOBALS}
+    lines = [f"def {name}({', '.join(own.values())}):"]
+    for statement in statements(graph, own, {*own.values(), *GLOBALS}):
+        lines += wrapped(statement)
+    return "\n".join(lines)
+
+
+def statements(
+    graph: fx.Graph,
+    inputs: Mapping[str, str],
+    taken: Collection[str],
+    spelled: Callable[[Callable], str] = spelled,
+) -> list[str]:
+    """The assignments that compute the graph's outputs, and the ``return`` of them, a line each.
+
+    Args:
+        graph: the program.
+        inputs: how each of its inputs is written.
+        taken: names that no variable gets.
+        spelled: the name under which a function is written.
+    """
+    text: dict[fx.Node, str] = {}
+    compound: set[fx.Node] = set()
+    used = set(taken)
     lines: list[str] = []
 
     def spell(value) -> str:
@@ -81,10 +100,10 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
 
     for node in graph.nodes:
         if node.op == "placeholder":
-            text[node] = own[node.target]
+            text[node] = inputs[node.target]
             continue
         if node.op == "output":
-            lines += wrapped(f"return {spell(node.args[0])}")
+            lines.append(f"return {spell(node.args[0])}")
             continue
         args = [spell(a) for a in node.args] + [f"{k}={spell(v)}" for k, v in node.kwargs.items()]
         if node.op == "call_method":
@@ -102,9 +121,9 @@ def listing(graph: fx.Graph, name: str, arguments: list[str]) -> str:
                 compound.add(node)
         else:
             variable = unique(_label(node))
-            lines += wrapped(f"{variable} = {text[node]}")
+            lines.append(f"{variable} = {text[node]}")
             text[node] = variable
-    return "\n".join([f"def {name}({', '.join(arguments)}):", *lines])
+    return lines
 
 
 def wrapped(statement: str, width: int = 96) -> list[str]:

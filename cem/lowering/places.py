@@ -57,7 +57,7 @@ class Places:
         key = (where.node, rates, size)
         if key not in self.angles:
             like = self.host.input("h")
-            node = self.ops.call(kernels.turns, where.node, rates, size, like, name="turns")
+            node = self.ops.call(kernels.turns, where.node, rates, size, like, name="angles")
             self.angles[key] = node
         if (*key, missing) not in self.angles:
             node = self.angles[key]
