@@ -26,6 +26,8 @@ class Settings:
             linear attention is compared with softmax attention at ``softmax_seq``.
         packed_seqs: at which packed documents are timed.
         contexts, widths: numbers of tokens seen, and pairs (dim, heads), at which decoding is timed.
+        vocab, depth: of the models of ``benchmarks.models``; ``model_seqs`` tokens to train on, ``model_contexts``
+            tokens before those that are written.
         sample: seconds that one timed sample lasts at least, by repetition.
         processes, derive_processes: fresh processes for the import, and for each energy.
         energies: names of the gallery energies to derive cold; all if empty.
@@ -56,6 +58,10 @@ class Settings:
     packed_seqs: tuple[int, ...] = (2048, 4096)
     contexts: tuple[int, ...] = (4096, 16384)
     widths: tuple[tuple[int, int], ...] = ((256, 4), (512, 8))
+    vocab: int = 4096
+    depth: int = 4
+    model_seqs: tuple[int, ...] = (256, 1024)
+    model_contexts: tuple[int, ...] = (512, 2048, 8192)
     rounds: int = 60
     least_rounds: int = 7
     seconds: float = 15.0
@@ -93,6 +99,10 @@ class Settings:
             packed_seqs=(16,),
             contexts=(16,),
             widths=((32, 2),),
+            vocab=64,
+            depth=1,
+            model_seqs=(16,),
+            model_contexts=(16,),
             rounds=3,
             least_rounds=3,
             seconds=0.5,
