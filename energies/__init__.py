@@ -4,9 +4,11 @@ if __name__ != "cem.energies":
     raise ImportError("this folder is a part of the package: type `import cem.energies`")
 
 from .alibi_interaction import alibi_interaction
-from .anchored_gated import anchored_gated, anchored_gated_by
-from .anchored_interaction import anchored_interaction, untied_interaction
-from .diagonal_plus_low_rank import diagonal_plus_low_rank, diagonal_plus_low_rank_full
+from .diagonal_plus_low_rank import (
+    diagonal_plus_low_rank,
+    diagonal_plus_low_rank_full,
+    rotary_diagonal_plus_low_rank,
+)
 from .energy_transformer import energy_transformer
 from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated_silu
 from .gated_linear_attention import gated_linear_attention
@@ -21,6 +23,12 @@ from .mixture_of_experts import (
 )
 from .normalised_interaction import normalised_interaction
 from .parallel_block import parallel_block
+from .partly_tied import (
+    partly_tied_gated,
+    partly_tied_gated_by,
+    partly_tied_interaction,
+    untied_interaction,
+)
 from .plain import plain, plain_by, plain_gelu, plain_relu, plain_silu, plain_softplus
 from .polynomial_memory import polynomial_memory, polynomial_memory_by
 from .quadratic_well import quadratic_well
@@ -56,9 +64,6 @@ from .two_sided_gated import (
 
 __all__ = [
     "alibi_interaction",
-    "anchored_gated",
-    "anchored_gated_by",
-    "anchored_interaction",
     "collaborative_interaction",
     "dense_interaction",
     "diagonal_interaction",
@@ -81,6 +86,9 @@ __all__ = [
     "mixture_of_experts_silu",
     "normalised_interaction",
     "parallel_block",
+    "partly_tied_gated",
+    "partly_tied_gated_by",
+    "partly_tied_interaction",
     "plain",
     "plain_by",
     "plain_gelu",
@@ -92,6 +100,7 @@ __all__ = [
     "quadratic_well",
     "relative_interaction",
     "relative_interaction_by",
+    "rotary_diagonal_plus_low_rank",
     "rotary_interaction",
     "rotary_interaction_by",
     "sink_interaction",

@@ -12,7 +12,10 @@ Q, K: (heads, rank, dim); beta > 0, by default 1/sqrt(rank). The diagonal has on
   every coordinate once.
 * full, ``diagonal_plus_low_rank_full``: lam: (heads, dim). Every head sees every coordinate.
 
-One attention call computes either: the query [lam_a * h ; Q_a h] meets [x_s ; K_a x_s], which is
+``rotary_diagonal_plus_low_rank`` is the first with rotary positions in its low-rank part, so the
+diagonal compares and copies content whatever the distance.
+
+One attention call computes each: the query [lam_a * h ; Q_a h] meets [x_s ; K_a x_s], which is
 key and value (with the slice of head a alone, in the block support). At lam = 0 both are the
 interaction energy.
 
@@ -61,4 +64,21 @@ def diagonal_plus_low_rank_full(h, x, *, Q, K, lam, beta=rank**-0.5):
     q = torch.einsum("ard,d->ar", Q, h)
     k = torch.einsum("ard,sd->asr", K, x)
     score = torch.einsum("ar,asr->as", q, k) + torch.einsum("ad,d,sd->as", lam, h, x)
+    return -torch.logsumexp(beta * score, dim=-1).sum() / beta
+
+
+@cem.energy(
+    h="(heads block)",
+    x="seq (heads block)",
+    Q="heads rank (heads block)",
+    K="heads rank (heads block)",
+    lam="heads block",
+)
+def rotary_diagonal_plus_low_rank(h, x, *, Q, K, lam, position, context_position, beta=rank**-0.5):
+    """E = -(1/beta) sum_a log sum_s exp(beta (R_t q_a . R_s k_as + sum_b lam_ab h_ab x_sab))."""
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    own_h = h.unflatten(0, lam.shape)  # (heads, block)
+    own_x = x.unflatten(1, lam.shape)  # (seq, heads, block)
+    score = torch.einsum("ar,asr->as", q, k) + torch.einsum("ab,ab,sab->as", lam, own_h, own_x)
     return -torch.logsumexp(beta * score, dim=-1).sum() / beta

@@ -89,6 +89,19 @@ def block_twin():
     return attention_twin(h, x, diagonal=diagonal)
 
 
+def rotary_block_twin():
+    h, x = cem.state(heads * block), cem.context(heads * block)
+    width = heads * block
+    Q, K = cem.parameter("Q", heads, rank, width), cem.parameter("K", heads, rank, width)
+    lam, b = cem.parameter("lam", heads, block), block.index("b")
+    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+    i, s = cem.index("i", width), x.index("s")
+    q = cem.rope(Sum(Q[a, r, i] * h[i], i), r, h)
+    k = cem.rope(Sum(K[a, r, i] * x[s, i], i), r, s)
+    own = Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+    return cem.Energy(-Sum(cem.logsumexp(beta * (Sum(q * k, r) + own), s), a) / beta)
+
+
 def full_twin():
     h, x = cem.state(dim), cem.context(dim)
     lam, i = cem.parameter("lam", heads, dim), dim.index("i")
@@ -309,7 +322,7 @@ def rotary_twin(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
     return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
 
 
-ANCHORED = {
+UNTIED = {
     "h": "dim",
     "x": "seq dim",
     "Q": "heads rank dim",
@@ -319,36 +332,40 @@ ANCHORED = {
 }
 
 
-@cem.energy(**ANCHORED)
-def anchored_twin(h, x, *, Q, K, W, V, position, context_position, beta=rank**-0.5, tie=0.1):
-    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
-    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
-    moved = torch.einsum("acd,d->ac", W, h - h.detach())
-    values = torch.einsum("ac,asc->as", moved, torch.einsum("acd,sd->asc", V, x))
-    score = torch.einsum("ar,asr->as", q, k) + values / tie
-    return -tie * torch.logsumexp(beta * score, dim=-1).sum() / beta
-
-
-@cem.energy(**ANCHORED)
-def untied_twin(h, x, *, Q, K, W, V, position, context_position, beta=rank**-0.5):
+def untied(h, x, Q, K, W, V, position, context_position, beta):
+    """The energy whose query is held, and the keys."""
     q = cem.rope(torch.einsum("ard,d->ar", Q, h.detach()), position)
     k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
     moved = torch.einsum("acd,d->ac", W, h - h.detach())
     values = torch.einsum("ac,asc->as", moved, torch.einsum("acd,sd->asc", V, x))
     score = torch.einsum("ar,asr->as", q, k) + values
-    return -torch.logsumexp(beta * score, dim=-1).sum() / beta
+    return -torch.logsumexp(beta * score, dim=-1).sum() / beta, k
 
 
-@cem.energy(h="dim", U="hidden dim", G="hidden dim", D="hidden dim")
-def anchored_gated_twin(h, *, U, G, D, tie=0.1):
-    up = U @ h + D @ (h - h.detach()) / tie
-    return -tie * (F.silu(G @ h.detach()) * up**2).sum() / 2
+@cem.energy(**UNTIED)
+def untied_twin(h, x, *, Q, K, W, V, position, context_position, beta=rank**-0.5):
+    return untied(h, x, Q, K, W, V, position, context_position, beta)[0]
+
+
+@cem.energy(**UNTIED, w="heads")
+def partly_tied_twin(h, x, *, Q, K, W, V, w, position, context_position, beta=rank**-0.5):
+    held, k = untied(h, x, Q, K, W, V, position, context_position, beta)
+    q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
+    tied = torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1)
+    return held - (w * tied).sum() / beta
+
+
+@cem.energy(h="dim", U="hidden dim", G="hidden dim", D="hidden dim", w="hidden")
+def partly_tied_gated_twin(h, *, U, G, D, w):
+    force = (U @ h.detach()) * (D @ h) + w * (U @ h) ** 2 / 2
+    return -(F.silu(G @ h.detach()) * force).sum()
 
 
 TWINS = {
-    "anchored_interaction": anchored_twin,
-    "anchored_gated": anchored_gated_twin,
+    "partly_tied_interaction": partly_tied_twin,
+    "partly_tied_gated": partly_tied_gated_twin,
     "untied_interaction": untied_twin,
+    "rotary_diagonal_plus_low_rank": rotary_block_twin(),
     "interaction": interaction_twin(),
     "diagonal_plus_low_rank": block_twin(),
     "diagonal_plus_low_rank_full": full_twin(),

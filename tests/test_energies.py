@@ -41,8 +41,8 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
-    "anchored_interaction",
     "untied_interaction",
+    "rotary_diagonal_plus_low_rank",
     "gated_linear_attention",
     "squared_interaction",
     "subspace_compression",

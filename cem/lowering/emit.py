@@ -37,7 +37,7 @@ from .bilinear import EXACT, split_conditions
 from .linear_attention import LinearAttention
 from .ops import Ops
 from .places import Places
-from .values import BATCH, TOKEN, Value, is_placed, is_seq, joined, sources
+from .values import BATCH, TOKEN, Value, is_placed, is_seq, gathered, joined, sources
 
 
 class Emitter:
@@ -230,7 +230,7 @@ class Emitter:
 
     def add(self, expression: Expr) -> Value:
         total = None
-        terms = sorted(expression.args, key=lambda term: term.could_extract_minus_sign())
+        terms = sorted(gathered(expression.args), key=lambda term: term.could_extract_minus_sign())
         for term in terms:
             if total is not None and term.could_extract_minus_sign():
                 total = self.ops.binary(operator.sub, total, self.lower(-term))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sympy import Expr, Idx, Indexed, Mul, Sum
+from sympy import Add, Expr, Idx, Indexed, Mul, Sum
 from torch import fx
 
 from ..language.indices import free_indices
@@ -124,6 +124,26 @@ def joined(
         if weighed and not bound & taken and not any(map(is_seq, bound)):
             return (*others, *Mul.make_args(factor.function)), over | bound
     return tuple(factors), over
+
+
+def gathered(terms: Sequence[Expr]) -> list[Expr]:
+    """Sums in which parameters weigh the same moving product, as one: sum_m f_m U_md + sum_m f_m D_md is
+    sum_m f_m (U_md + D_md), one product of matrices for two."""
+    found: dict[tuple, list[Expr]] = {}
+    for term in terms:
+        inside = [factor for factor in Mul.make_args(term) if isinstance(factor, Sum)]
+        key, weight = (term,), term
+        if len(inside) == 1 and not any(map(is_seq, _reduced(inside[0]))):
+            parts = Mul.make_args(inside[0].function)
+            moving = Mul(*(part for part in parts if moves_with_token(part)))
+            outer = term / inside[0]
+            if moving != 1 and moving != inside[0].function and not moves_with_token(outer):
+                key, weight = (moving, inside[0].limits), outer * inside[0].function / moving
+        found.setdefault(key, []).append(weight)
+    return [
+        weights[0] if len(key) == 1 else Sum(key[0] * Add(*weights), *key[1])
+        for key, weights in found.items()
+    ]
 
 
 def _writes(factor: Sum, over: frozenset[Idx]) -> bool:
