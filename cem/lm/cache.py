@@ -22,7 +22,7 @@ class HeldByTransformers:
 
     Args:
         cache: the cache of the model.
-        index: of the block.
+        index: of the layer of the cache.
         kinds: what the layer's program keeps, ``layer.lowering.decoding.kinds``.
         past: how many earlier tokens the cache gives back with new ones.
         places: positions of all tokens that it gives back, (B or 1, S), or None.
@@ -30,18 +30,19 @@ class HeldByTransformers:
 
     def __init__(self, cache, index: int, kinds: tuple[str, ...], past: int, places: Tensor | None):
         self.cache, self.index, self.kinds = cache, index, kinds
-        self.seen, self.places = past, places
-        if "state" in kinds and not isinstance(cache.layers[index], StateLayer):
-            cache.layers[index] = StateLayer(cache.layers[index])
+        # With a state, what is looked at is the new tokens.
+        self.seen, self.places = 0 if "state" in kinds else past, places
+        if "state" in kinds:
+            hold_states(cache, index)
 
     def past(self, count: int) -> int:
         return self.seen
 
     def check(self, name: str, batch: int, count: int, *, visible=None, positions=None) -> None:
-        if "state" in self.kinds and visible is not None:
+        if "state" in self.kinds and visible is not None and visible.dim() > 2:
             raise ValueError(
-                f"layer `{name}` keeps sums over all tokens it has seen, so padding cannot be hidden later: got a mask"
-                " with a cache; type `use_cache=False`, or generate for prompts of one length"
+                f"layer `{name}` keeps one sum over the tokens it has seen, so all later ones see the same of them:"
+                " got a mask for every pair with a cache; type `use_cache=False`"
             )
 
     def states(self) -> tuple[Tensor | None, ...] | None:
@@ -86,6 +87,12 @@ def appended(cache, index: int, new: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def hold_states(cache, index: int) -> None:
+    """Put a :class:`StateLayer` in the place of a layer of a ``transformers.Cache``, if there is none yet."""
+    if not isinstance(cache.layers[index], StateLayer):
+        cache.layers[index] = StateLayer(cache.layers[index])
+
+
 class StateLayer(CacheLayerMixin):
     """A layer of a ``transformers.Cache`` that holds states of linear attention, whose size does not grow.
 
@@ -111,6 +118,10 @@ class StateLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if (
+            self.inner.is_compileable
+        ):  # static: other layers of the cache give back all there is room for
+            return self.inner.get_mask_sizes(query_length)
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, S tokens so far, D dim, V vocabulary, L blocks.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,39 +13,49 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from cem.layer import EnergyLayer
 
-from .cache import HeldByTransformers
+from .cache import HeldByTransformers, hold_states
 from .config import CEMConfig
-from .layers import Residual, derived, llama_part
+from .layers import Residual, derived, llama_part, why_no_cache
 
+logger = logging.get_logger(__name__)
 # transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class CEMBlock(GradientCheckpointingLayer):
-    """The parts of one block, one after the other on the state (B, T, D)."""
+    """The parts of one block, one after the other on the state (B, T, D); what looks back is kept at ``slot``."""
 
-    def __init__(self, config: CEMConfig, index: int) -> None:
+    def __init__(self, config: CEMConfig, index: int, slot: int) -> None:
         super().__init__()
-        self.index = index
+        self.slot = slot
         self.parts = nn.ModuleDict()
         for place, description in enumerate(config.blocks[index]):
+            where = f"block {index}, part {place}"
             if "module" in description:
-                part, name = llama_part(description, config, index), description["module"]
+                part, name = llama_part(description, config, where, slot), description["module"]
             else:
-                where = f"block {index}, part {place}"
                 part = derived(description, config.hidden_size, config.norm_eps, where)
                 name = description.get("name", part.energy_function.name)
                 # How each module of the layer is drawn afresh, for weights that a checkpoint lacks.
@@ -54,11 +64,11 @@ class CEMBlock(GradientCheckpointingLayer):
             while name in self.parts:
                 name += "_"
             self.parts[name] = part
-        looking = [name for name, part in self.parts.items() if has_context(part)]
-        if len(looking) > 1:
+        self.looking = [name for name, part in self.parts.items() if has_context(part)]
+        if len(self.looking) > 1:
             raise ValueError(
-                f"block {index} has {len(looking)} parts with a context, {' and '.join(looking)}, but a cache has one"
-                " entry a block; put them into blocks of their own"
+                f"block {index} has {len(self.looking)} parts with a context, {' and '.join(self.looking)}, but a"
+                " cache has one entry a block; put them into blocks of their own"
             )
 
     def forward(
@@ -70,11 +80,13 @@ class CEMBlock(GradientCheckpointingLayer):
         positions: Tensor,
         places: Tensor | None = None,
         past: int = 0,
-        padded: bool = True,
+        padding: Tensor | None = None,
         cache=None,
+        past_key_values=None,
         **kwargs,
     ) -> Tensor:
         h = hidden_states
+        cache = past_key_values if cache is None else cache
         for part in self.parts.values():
             if isinstance(part, Residual):
                 if part.context:
@@ -91,9 +103,9 @@ class CEMBlock(GradientCheckpointingLayer):
                 inputs["visible"] = visible
                 if cache is not None:
                     kinds = part.lowering.decoding.kinds
-                    if "state" in kinds and not padded:
-                        del inputs["visible"]
-                    inputs["cache"] = HeldByTransformers(cache, self.index, kinds, past, places)
+                    inputs["cache"] = HeldByTransformers(cache, self.slot, kinds, past, places)
+                    if "state" in kinds:
+                        inputs["visible"] = padding
             h = part(h, **inputs)
         return h
 
@@ -142,35 +154,29 @@ class CEMModel(CEMPreTrainedModel):
     def __init__(self, config: CEMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(CEMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        for index in range(config.num_hidden_layers):
+            slot = sum(len(block.looking) for block in self.layers)
+            self.layers.append(CEMBlock(config, index, slot))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        parts = [block.parts[name] for block in self.layers for name in block.looking]
+        energies = {at: part for at, part in enumerate(parts) if isinstance(part, EnergyLayer)}
+        # Why no cache can be kept, which of its layers hold states, and whether positions of what it holds are read.
+        self.no_cache = next(filter(None, map(why_no_cache, energies.values())), None)
+        decodings = {
+            at: part.lowering.decoding for at, part in energies.items() if not self.no_cache
+        }
+        self.stateful = [at for at, decoding in decodings.items() if "state" in decoding.kinds]
+        self.placed = any(decoding.placed for decoding in decodings.values())
         self.gradient_checkpointing = False
         self.post_init()
 
-    @cached_property
-    def _first(self) -> int | None:
-        """The first block that has something in a cache."""
-        blocks = (b.index for b in self.layers if any(map(has_context, b.parts.values())))
-        return next(blocks, None)
-
-    @cached_property
-    def _decodings(self) -> list:
-        """How the programs of the energy layers with a context are cut for a cache."""
-        parts = [p for b in self.layers for p in b.parts.values() if isinstance(p, EnergyLayer)]
-        return [part.lowering.decoding for part in parts if has_context(part)]
-
-    @cached_property
-    def _states(self) -> bool:
-        """Whether a layer keeps a state of linear attention."""
-        return any("state" in decoding.kinds for decoding in self._decodings)
-
     def _held(self, cache, attention_mask: Tensor | None, count: int) -> tuple:
         """How many tokens were seen, how many a cache gives back before new ones, and the positions of them all."""
-        if self._first is None:
+        if cache is None:
             return 0, 0, None
-        seen = cache.get_seq_length(self._first)
-        past = cache.get_mask_sizes(count, self._first)[0] - count
-        if not any(decoding.placed for decoding in self._decodings):
+        seen, past = cache.get_seq_length(), cache.get_mask_sizes(count, 0)[0] - count
+        if not self.placed:
             return seen, past, None
         places = torch.arange(past + count, device=self.device)[None]
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -202,19 +208,21 @@ class CEMModel(CEMPreTrainedModel):
             use_cache: make a cache if there is none.
 
         Raises:
-            ValueError: tokens and embeddings are both given, or neither.
+            ValueError: tokens and embeddings are both given, or neither; a cache for layers that cannot use one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`: got both or neither")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            logger.warning_once("fused kernels keep no attention weights: `attentions` is None")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        count = h.shape[1]
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        seen, past, places = 0, 0, None
-        if cache is not None:
-            seen, past, places = self._held(cache, attention_mask, h.shape[1])
+        if cache is not None and self.no_cache:
+            raise ValueError(self.no_cache)
+        seen, past, places = self._held(cache, attention_mask, count)
         if position_ids is None:
-            position_ids = seen + torch.arange(h.shape[1], device=h.device)[None]
+            position_ids = seen + torch.arange(count, device=h.device)[None]
+        # Before a new cache is made, since transformers tells documents apart where there is none.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=h,
@@ -227,21 +235,28 @@ class CEMModel(CEMPreTrainedModel):
         visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
         if mask is None and cache is not None and (isinstance(seen, Tensor) or past != seen):
             # A cache with room to spare gives back more than there is.
-            latest = seen + torch.arange(h.shape[1], device=h.device)
-            visible = (torch.arange(past + h.shape[1], device=h.device) <= latest[:, None])[
-                None, None
-            ]
-        # States of linear attention need to know; everything else reads the mask.
-        padded = attention_mask is not None and (not self._states or not attention_mask.all())
+            latest = seen + torch.arange(count, device=h.device)
+            visible = (torch.arange(past + count, device=h.device) <= latest[:, None])[None, None]
+        visible = None if visible is None else visible[:, 0]
+        padding = None
+        if self.stateful and (use_cache or cache is not None):
+            if attention_mask is not None and attention_mask.dim() == 2:
+                padding = attention_mask[:, -count:].bool()
+                padding = None if padding.all() else padding
+            elif attention_mask is not None or (cache is None and (position_ids.diff() != 1).any()):
+                # Masks over pairs of tokens, which a state cannot keep.
+                padding, use_cache = visible, False
+        if use_cache and cache is None and not self.no_cache:
+            cache = DynamicCache(config=self.config)
         for block in self.layers:
             h = block(
                 h,
                 mask=mask,
-                visible=None if visible is None else visible[:, 0],
+                visible=visible,
                 positions=position_ids,
                 places=places,
                 past=past,
-                padded=padded,
+                padding=padding,
                 **{CACHE: cache},
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), **{CACHE: cache})
@@ -266,6 +281,19 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
         self.model = CEMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if self.model.no_cache:
+            if "inputs_embeds" in model_kwargs:
+                raise ValueError(
+                    f"`generate` goes on from `inputs_embeds` with a cache only: got them, but {self.model.no_cache};"
+                    " give `input_ids`"
+                )
+            logger.warning_once(f"`generate` runs without a cache: {self.model.no_cache}")
+            generation_config.use_cache = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        for slot in self.model.stateful if CACHE in model_kwargs else ():
+            hold_states(model_kwargs[CACHE], slot)
 
     @can_return_tuple
     def forward(
@@ -307,10 +335,25 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+class CEMForSequenceClassification(GenericForSequenceClassification, CEMPreTrainedModel):
+    """A :class:`CEMModel` with one set of scores a sequence, read at its last token."""
+
+
+class CEMForTokenClassification(GenericForTokenClassification, CEMPreTrainedModel):
+    """A :class:`CEMModel` with one set of scores a token."""
+
+
+class CEMForQuestionAnswering(GenericForQuestionAnswering, CEMPreTrainedModel):
+    """A :class:`CEMModel` with scores of where an answer begins and ends."""
 
 
 AutoConfig.register("cem", CEMConfig, exist_ok=True)
 AutoModel.register(CEMConfig, CEMModel, exist_ok=True)
 AutoModelForCausalLM.register(CEMConfig, CEMForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(CEMConfig, CEMForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(CEMConfig, CEMForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(CEMConfig, CEMForQuestionAnswering, exist_ok=True)
