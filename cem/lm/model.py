@@ -280,6 +280,7 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CEMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = bool(self.model.stateful)
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
