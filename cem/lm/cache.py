@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cem.inputs import Seen
+
+# transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class HeldByTransformers:
@@ -24,32 +28,36 @@ class HeldByTransformers:
         cache: the cache of the model.
         index: of the layer of the cache.
         kinds: what the layer's program keeps, ``layer.lowering.decoding.kinds``.
-        past: how many earlier tokens the cache gives back with new ones.
-        places: positions of all tokens that it gives back, (B or 1, S), or None.
+        view: the :class:`~cem.lm.view.View` of the new tokens.
+
+    Attributes:
+        stateful: whether states are kept; what is looked at is then the new tokens alone.
+        visible: which tokens are, as the layer takes it.
     """
 
-    def __init__(self, cache, index: int, kinds: tuple[str, ...], past: int, places: Tensor | None):
+    def __init__(self, cache, index: int, kinds: tuple[str, ...], view):
         self.cache, self.index, self.kinds = cache, index, kinds
-        # With a state, what is looked at is the new tokens.
-        self.seen, self.places = 0 if "state" in kinds else past, places
-        if "state" in kinds:
+        self.stateful = "state" in kinds
+        self.seen, self.places = 0 if self.stateful else view.past, view.places
+        self.visible = view.visible
+        if self.stateful:
             hold_states(cache, index)
+            self.visible = view.visible if view.pairs else view.padding
 
     def past(self, count: int) -> int:
         return self.seen
 
     def check(self, name: str, batch: int, count: int, *, visible=None, positions=None) -> None:
-        if "state" in self.kinds and visible is not None and visible.dim() > 2:
+        if self.stateful and visible is not None and visible.dim() > 2:
             raise ValueError(
                 f"layer `{name}` keeps one sum over the tokens it has seen, so all later ones see the same of them:"
                 " got a mask for every pair with a cache; type `use_cache=False`"
             )
 
     def states(self) -> tuple[Tensor | None, ...] | None:
-        kept = [kind for kind in self.kinds if kind == "state"]
-        if not kept:
+        if not self.stateful:
             return None
-        return tuple(self.cache.layers[self.index].states or (None,) * len(kept))
+        return tuple(self.cache.layers[self.index].states or (None,) * self.kinds.count("state"))
 
     def extend(self, seen: Seen, new: tuple[Tensor | None, ...], count: int) -> tuple[tuple, Seen]:
         new_keys = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "append"]

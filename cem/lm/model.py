@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,13 +34,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from cem.layer import EnergyLayer
 
-from .cache import HeldByTransformers, hold_states
+from .cache import CACHE, HeldByTransformers, hold_states
 from .config import CEMConfig
 from .layers import Residual, derived, llama_part, why_no_cache
+from .view import View, view_of
 
 logger = logging.get_logger(__name__)
-# transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class CEMBlock(GradientCheckpointingLayer):
@@ -72,40 +70,28 @@ class CEMBlock(GradientCheckpointingLayer):
             )
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        mask: Tensor | None,
-        visible: Tensor | None,
-        positions: Tensor,
-        places: Tensor | None = None,
-        past: int = 0,
-        padding: Tensor | None = None,
-        cache=None,
-        past_key_values=None,
-        **kwargs,
+        self, hidden_states: Tensor, *, view: View, cache=None, past_key_values=None
     ) -> Tensor:
-        h = hidden_states
-        cache = past_key_values if cache is None else cache
+        h, cache = hidden_states, past_key_values if cache is None else cache
         for part in self.parts.values():
+            inputs = {}
             if isinstance(part, Residual):
                 if part.context:
-                    turns = part.rotary(h, positions)
-                    inputs = {"attention_mask": mask, "position_embeddings": turns, CACHE: cache}
-                    h = part(h, **inputs, **kwargs)
-                else:
-                    h = part(h)
-                continue
-            inputs = {}
-            if part.energy_function.has_positions:
-                inputs["positions"] = positions
-            if has_context(part):
-                inputs["visible"] = visible
-                if cache is not None:
-                    kinds = part.lowering.decoding.kinds
-                    inputs["cache"] = HeldByTransformers(cache, self.slot, kinds, past, places)
-                    if "state" in kinds:
-                        inputs["visible"] = padding
+                    turns = part.rotary(h, view.positions)
+                    inputs = {
+                        "attention_mask": view.mask,
+                        "position_embeddings": turns,
+                        CACHE: cache,
+                    }
+            else:
+                if part.energy_function.has_positions:
+                    inputs["positions"] = view.positions
+                if has_context(part):
+                    inputs["visible"] = view.visible
+                    if cache is not None:
+                        kinds = part.lowering.decoding.kinds
+                        held = HeldByTransformers(cache, self.slot, kinds, view)
+                        inputs |= {"cache": held, "visible": held.visible}
             h = part(h, **inputs)
         return h
 
@@ -171,19 +157,6 @@ class CEMModel(CEMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _held(self, cache, attention_mask: Tensor | None, count: int) -> tuple:
-        """How many tokens were seen, how many a cache gives back before new ones, and the positions of them all."""
-        if cache is None:
-            return 0, 0, None
-        seen, past = cache.get_seq_length(), cache.get_mask_sizes(count, 0)[0] - count
-        if not self.placed:
-            return seen, past, None
-        places = torch.arange(past + count, device=self.device)[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            known = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            places = torch.cat([known, places.expand(len(known), -1)[:, known.shape[1] :]], 1)
-        return seen, past, places
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -215,50 +188,23 @@ class CEMModel(CEMPreTrainedModel):
         if kwargs.get("output_attentions", self.config.output_attentions):
             logger.warning_once("fused kernels keep no attention weights: `attentions` is None")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        count = h.shape[1]
         cache = past_key_values if cache is None else cache
         if cache is not None and self.no_cache:
             raise ValueError(self.no_cache)
-        seen, past, places = self._held(cache, attention_mask, count)
-        if position_ids is None:
-            position_ids = seen + torch.arange(count, device=h.device)[None]
-        # Before a new cache is made, since transformers tells documents apart where there is none.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            # The mask is as long as what the first block with a cache gives back.
-            **({"layer_idx": self._first} if self._first else {}),
-            **{CACHE: cache},
+        stateful = bool(self.stateful and (use_cache or cache is not None))
+        view = view_of(
+            self.config,
+            h,
+            attention_mask,
+            position_ids,
+            cache,
+            placed=self.placed,
+            stateful=stateful,
         )
-        visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
-        if mask is None and cache is not None and (isinstance(seen, Tensor) or past != seen):
-            # A cache with room to spare gives back more than there is.
-            latest = seen + torch.arange(count, device=h.device)
-            visible = (torch.arange(past + count, device=h.device) <= latest[:, None])[None, None]
-        visible = None if visible is None else visible[:, 0]
-        padding = None
-        if self.stateful and (use_cache or cache is not None):
-            if attention_mask is not None and attention_mask.dim() == 2:
-                padding = attention_mask[:, -count:].bool()
-                padding = None if padding.all() else padding
-            elif attention_mask is not None or (cache is None and (position_ids.diff() != 1).any()):
-                # Masks over pairs of tokens, which a state cannot keep.
-                padding, use_cache = visible, False
-        if use_cache and cache is None and not self.no_cache:
+        if use_cache and cache is None and not view.pairs and not self.no_cache:
             cache = DynamicCache(config=self.config)
         for block in self.layers:
-            h = block(
-                h,
-                mask=mask,
-                visible=visible,
-                positions=position_ids,
-                places=places,
-                past=past,
-                padding=padding,
-                **{CACHE: cache},
-            )
+            h = block(h, view=view, **{CACHE: cache})
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), **{CACHE: cache})
 
 
