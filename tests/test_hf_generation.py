@@ -275,15 +275,16 @@ def test_a_step_compiles_to_one_graph(block):
     torch.compiler.reset()
     for seed in (1, 2):
         ids = tokens(seed=seed)
-        found = its.generate(
-            ids,
-            max_new_tokens=5,
-            do_sample=False,
-            cache_implementation="static",
-            compile_config=once,
-            return_dict_in_generate=True,
-            output_hidden_states=True,
-        )
+        with torch._dynamo.config.patch(error_on_recompile=seed == 2):
+            found = its.generate(
+                ids,
+                max_new_tokens=5,
+                do_sample=False,
+                cache_implementation="static",
+                compile_config=once,
+                return_dict_in_generate=True,
+                output_hidden_states=True,
+            )
         assert torch.equal(found.sequences, write(its, ids))
         assert [states[0].shape[1] for states in found.hidden_states] == [9, 1, 1, 1, 1]
     assert hasattr(its, "_compiled_call")
