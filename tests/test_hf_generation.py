@@ -242,16 +242,27 @@ def test_inputs_are_passed_on():
     assert GenerationMixin in CEMForCausalLM.__bases__
 
 
-def test_layers_without_a_cache_are_said_once(caplog, monkeypatch):
+NOT_CACHED = {
+    "newton": (UNCACHED[0], "asks for energies or Hessians"),
+    "pairs": (
+        {"energy": "soft_capped_interaction", "heads": 2, "rank": 8},
+        "cannot be decoded token by token",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", NOT_CACHED)
+def test_layers_without_a_cache_are_said_once(part, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("cem"), "propagate", True)
     hf_logging.get_logger("cem.lm.model").warning_once.cache_clear()
-    its = model(UNCACHED)
+    part, why = NOT_CACHED[part]
+    its = model([part, MLP])
     for _ in range(2):
         write(its, tokens())
     said = [record.message for record in caplog.records if "without a cache" in record.message]
-    assert len(said) == 1 and "asks for energies or Hessians" in said[0]
+    assert len(said) == 1 and why in said[0]
     assert getattr(its(tokens()), CACHE) is None
-    with pytest.raises(ValueError, match="asks for energies or Hessians"):
+    with pytest.raises(ValueError, match=why):
         its(tokens(), **{CACHE: DynamicCache(config=its.config)})
     with pytest.raises(ValueError, match="give `input_ids`"):
         write(its, None, inputs_embeds=its.get_input_embeddings()(tokens()))
