@@ -126,9 +126,8 @@ class StateLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if (
-            self.inner.is_compileable
-        ):  # static: other layers of the cache give back all there is room for
+        if self.inner.is_compileable:
+            # Static: the other layers of the cache give back all that there is room for.
             return self.inner.get_mask_sizes(query_length)
         return self.length + query_length, 0
 

@@ -47,7 +47,7 @@ class CEMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: CEMConfig, index: int, slot: int) -> None:
         super().__init__()
-        self.slot = slot
+        self.index, self.slot = index, slot
         self.parts = nn.ModuleDict()
         for place, description in enumerate(config.blocks[index]):
             where = f"block {index}, part {place}"
