@@ -128,11 +128,12 @@ class Residual(nn.Module):
 
     Attributes:
         context: whether other tokens are looked at.
+        config: that of Llama with the sizes of the module.
     """
 
-    def __init__(self, module: nn.Module, norm: nn.Module, context: bool) -> None:
+    def __init__(self, module: nn.Module, norm: nn.Module, context: bool, config) -> None:
         super().__init__()
-        self.norm, self.module, self.context = norm, module, context
+        self.norm, self.module, self.context, self.config = norm, module, context, config
 
     def forward(self, h: Tensor, **inputs) -> Tensor:
         if not self.context:
@@ -177,8 +178,8 @@ def llama_part(description: Mapping[str, Any], config, where: str, slot: int) ->
     )
     norm = llama.LlamaRMSNorm(config.hidden_size, eps=config.norm_eps)
     if kind == "mlp":
-        return Residual(llama.LlamaMLP(its), norm, False)
-    part = Residual(llama.LlamaAttention(its, slot), norm, True)
+        return Residual(llama.LlamaMLP(its), norm, False, its)
+    part = Residual(llama.LlamaAttention(its, slot), norm, True, its)
     part.module.config = config  # where `set_attn_implementation` writes
     part.rotary = llama.LlamaRotaryEmbedding(its)
     return part
