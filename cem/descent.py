@@ -121,7 +121,7 @@ def take(layer: Descending, objective: LayerObjective, h: Tensor, state) -> tupl
     gradient = objective.gradient(objective.g if point is h else layer.norm(point))
     if layer.preconditioner is not None:
         gradient = layer.preconditioner(gradient, point, objective.step)
-    return layer.update.update(h, gradient, state, layer.lowering.scale, objective)
+    return layer.update(h, gradient, state, layer.lowering.scale, objective)
 
 
 def descend(layer: Descending, first: LayerObjective, h: Tensor, state=None) -> tuple:

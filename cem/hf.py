@@ -9,4 +9,7 @@
 from cem.lm.config import CEMConfig as CEMConfig
 from cem.lm.export import export as export
 from cem.lm.model import CEMForCausalLM as CEMForCausalLM
+from cem.lm.model import CEMForQuestionAnswering as CEMForQuestionAnswering
+from cem.lm.model import CEMForSequenceClassification as CEMForSequenceClassification
+from cem.lm.model import CEMForTokenClassification as CEMForTokenClassification
 from cem.lm.model import CEMModel as CEMModel

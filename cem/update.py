@@ -92,6 +92,10 @@ class AbstractUpdate(nn.Module, abc.ABC):
     ) -> tuple:
         """The next h, shape (..., dim), and what to remember; ``scale * gradient`` points uphill."""
 
+    def forward(self, *arguments) -> tuple:
+        """:meth:`update`: a layer calls its rule as a module, for hooks that fetch parameters from elsewhere."""
+        return self.update(*arguments)
+
     def promise(self, smoothness: float, *, steps: int, scalar: bool, normed: bool) -> Promise:
         """When a step of this rule cannot raise the energy; nothing, unless a rule says more.
 

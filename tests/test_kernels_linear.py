@@ -107,6 +107,20 @@ def test_a_context_in_two_parts_gives_the_same(decay):
     assert_close(out, expected[:, :, second], 1e-12)
 
 
+@pytest.mark.parametrize("decay", [None, (B, H)])
+def test_a_state_takes_in_what_is_not_padding(decay):
+    q, k, v, *gate, state = linear_inputs(5, decay, True)
+    log_decay = gate[0] if gate else None
+    seen = torch.ones(B, 1, 5, 9, dtype=torch.bool).tril(4)
+    seen[..., 4:6] = False  # of 9 tokens, 5 are new, and the first two of those are padding
+    around = (seen, False, (state,))
+    memory = kernels.linear_context(k, v, log_decay, *around, 0)
+    out = kernels.linear_recalled(q, k, v, log_decay, *around, memory)
+    alone = [None if x is None else x[:, :, 2:] for x in (q, k, v, log_decay)]
+    assert_close(memory[:, :, -1], kernels.linear_memory(*alone[1:], state)[:, :, -1], 1e-12)
+    assert_close(out[:, :, 2:], kernels.linear_attention(*alone, state=state), 1e-12)
+
+
 def test_strong_decay_keeps_its_digits_in_float32():
     """A step of -3000 leaves running sums with a spacing of 2e-4; what follows it must not notice."""
     q, k, v, log_decay = linear_inputs(2 * CHUNK, state=False)

@@ -228,3 +228,12 @@ def test_the_fixed_point_is_the_minimiser(update):
     h = torch.randn(1, 3, 5, dtype=torch.float64)
     with torch.no_grad():
         assert_close(layer(h), lowest.expand_as(h), 1e-10)
+
+
+def test_a_layer_calls_its_rule_as_a_module():
+    """What offloads parameters brings them back in a hook on the module that holds them."""
+    layer, *_ = quadratic_layer(3, update=cem.GradientDescent(0.25, learn=True), steps=2)
+    called = []
+    layer.update.register_forward_pre_hook(lambda rule, _: called.append(rule))
+    layer(torch.ones(1, 1, 3, dtype=torch.float64))
+    assert called == [layer.update] * 2

@@ -8,8 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cem.inputs import Seen
+
+# transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class HeldByTransformers:
@@ -22,33 +26,38 @@ class HeldByTransformers:
 
     Args:
         cache: the cache of the model.
-        index: of the block.
+        index: of the layer of the cache.
         kinds: what the layer's program keeps, ``layer.lowering.decoding.kinds``.
-        past: how many earlier tokens the cache gives back with new ones.
-        places: positions of all tokens that it gives back, (B or 1, S), or None.
+        view: the :class:`~cem.lm.view.View` of the new tokens.
+
+    Attributes:
+        stateful: whether states are kept; what is looked at is then the new tokens alone.
+        visible: which tokens are, as the layer takes it.
     """
 
-    def __init__(self, cache, index: int, kinds: tuple[str, ...], past: int, places: Tensor | None):
+    def __init__(self, cache, index: int, kinds: tuple[str, ...], view):
         self.cache, self.index, self.kinds = cache, index, kinds
-        self.seen, self.places = past, places
-        if "state" in kinds and not isinstance(cache.layers[index], StateLayer):
-            cache.layers[index] = StateLayer(cache.layers[index])
+        self.stateful = "state" in kinds
+        self.seen, self.places = 0 if self.stateful else view.past, view.places
+        self.visible = view.visible
+        if self.stateful:
+            hold_states(cache, index)
+            self.visible = view.visible if view.pairs else view.padding
 
     def past(self, count: int) -> int:
         return self.seen
 
     def check(self, name: str, batch: int, count: int, *, visible=None, positions=None) -> None:
-        if "state" in self.kinds and visible is not None:
+        if self.stateful and visible is not None and visible.dim() > 2:
             raise ValueError(
-                f"layer `{name}` keeps sums over all tokens it has seen, so padding cannot be hidden later: got a mask"
-                " with a cache; type `use_cache=False`, or generate for prompts of one length"
+                f"layer `{name}` keeps one sum over the tokens it has seen, so all later ones see the same of them:"
+                " got a mask for every pair with a cache; type `use_cache=False`"
             )
 
     def states(self) -> tuple[Tensor | None, ...] | None:
-        kept = [kind for kind in self.kinds if kind == "state"]
-        if not kept:
+        if not self.stateful:
             return None
-        return tuple(self.cache.layers[self.index].states or (None,) * len(kept))
+        return tuple(self.cache.layers[self.index].states or (None,) * self.kinds.count("state"))
 
     def extend(self, seen: Seen, new: tuple[Tensor | None, ...], count: int) -> tuple[tuple, Seen]:
         new_keys = [one for one, kind in zip(new, self.kinds, strict=True) if kind == "append"]
@@ -86,6 +95,12 @@ def appended(cache, index: int, new: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def hold_states(cache, index: int) -> None:
+    """Put a :class:`StateLayer` in the place of a layer of a ``transformers.Cache``, if there is none yet."""
+    if not isinstance(cache.layers[index], StateLayer):
+        cache.layers[index] = StateLayer(cache.layers[index])
+
+
 class StateLayer(CacheLayerMixin):
     """A layer of a ``transformers.Cache`` that holds states of linear attention, whose size does not grow.
 
@@ -111,6 +126,9 @@ class StateLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.inner.is_compileable:
+            # Static: the other layers of the cache give back all that there is room for.
+            return self.inner.get_mask_sizes(query_length)
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from cem.layer import EnergyLayer
 
 from .layers import Residual
-from .model import CEMForCausalLM, has_context
+from .model import CEMForCausalLM
 from .skeleton import CONFIGURATION, IMPORTS, LLAMA, MASK, MODELING, PLACES
 from .sources import Sources, formatted
 from .written import Written, check
@@ -100,15 +100,14 @@ def modeling(model: CEMForCausalLM) -> str:
             row.append(f'"{name}": {label}')
         blocks.append(f"{{{', '.join(row)}}}")
     layers = [source.replace("$name", label, 1) for source, label in classes.items()]
-    looking = (b.index for b in model.model.layers if any(map(has_context, b.parts.values())))
-    first = next(looking, 0)
+    slots = [block.slot for block in model.model.layers]
+    behind = slots != list(range(len(slots)))  # some block keeps nothing in a cache
     body = Template(MODELING).substitute(
         imports="",
         parts="\n\n\n".join(part.rstrip() for part in (*sources.texts.values(), *layers)),
         blocks=_blocks(blocks),
         extra="".join(text for text, wanted in extra.items() if wanted),
-        first=first,
-        layer=f"            layer_idx={first},\n" if first else "",
+        slot="index" if not behind else f"{slots}[index]",
     )
     sources.read_imports(IMPORTS)
     imports = sources.import_lines(body) + "\n\nfrom .configuration_cem import CEMConfig\n"
@@ -140,6 +139,6 @@ def _blocks(rows: list[str]) -> str:
 
 def _llama(part: Residual) -> str:
     """The class of a half of a Llama block."""
-    its = part.module.config
+    its = part.config
     fields = {key: json.dumps(value) for key, value in its.to_dict().items()}
     return Template(LLAMA["attention" if part.context else "mlp"]).safe_substitute(fields)

@@ -128,11 +128,12 @@ class Residual(nn.Module):
 
     Attributes:
         context: whether other tokens are looked at.
+        config: that of Llama with the sizes of the module.
     """
 
-    def __init__(self, module: nn.Module, norm: nn.Module, context: bool) -> None:
+    def __init__(self, module: nn.Module, norm: nn.Module, context: bool, config) -> None:
         super().__init__()
-        self.norm, self.module, self.context = norm, module, context
+        self.norm, self.module, self.context, self.config = norm, module, context, config
 
     def forward(self, h: Tensor, **inputs) -> Tensor:
         if not self.context:
@@ -140,7 +141,7 @@ class Residual(nn.Module):
         return h + self.module(self.norm(h), **inputs)[0]
 
 
-def llama_part(description: Mapping[str, Any], config, index: int) -> Residual:
+def llama_part(description: Mapping[str, Any], config, where: str, slot: int) -> Residual:
     """Attention or MLP of :class:`transformers.LlamaForCausalLM`, with the norm and the sum around it.
 
     The keys of a description are ``module`` (``"attention"`` or ``"mlp"``), and ``heads``, ``kv_heads``,
@@ -149,14 +150,15 @@ def llama_part(description: Mapping[str, Any], config, index: int) -> Residual:
     Args:
         description: the mapping.
         config: the :class:`~cem.lm.config.CEMConfig`.
-        index: of the block, where attention keeps its cache.
+        where: begins the message of an error.
+        slot: the layer of a cache where attention keeps its keys and values.
 
     Raises:
         ValueError: an unknown module or key.
     """
     from transformers.models.llama import modeling_llama as llama
 
-    kind, where = description["module"], f"block {index}"
+    kind = description["module"]
     known = {"attention": ["heads", "kv_heads", "rank", "rope_theta"], "mlp": ["hidden"]}
     if kind not in known:
         raise _unknown(f"{where}: a module", kind, list(known))
@@ -173,14 +175,30 @@ def llama_part(description: Mapping[str, Any], config, index: int) -> Residual:
         rms_norm_eps=config.norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": sizes.get("rope_theta", 10000.0)},
-        attn_implementation=config._attn_implementation,
     )
     norm = llama.LlamaRMSNorm(config.hidden_size, eps=config.norm_eps)
     if kind == "mlp":
-        return Residual(llama.LlamaMLP(its), norm, False)
-    part = Residual(llama.LlamaAttention(its, index), norm, True)
+        return Residual(llama.LlamaMLP(its), norm, False, its)
+    part = Residual(llama.LlamaAttention(its, slot), norm, True, its)
+    part.module.config = config  # where `set_attn_implementation` writes
     part.rotary = llama.LlamaRotaryEmbedding(its)
     return part
+
+
+def why_no_cache(layer: cem.EnergyLayer) -> str | None:
+    """Why a layer cannot go on from a cache of transformers, or None where it can.
+
+    >>> print(why_no_cache(derived({"energy": "interaction", "update": "Newton"}, 8, 1e-6)))
+    layer `interaction` asks for energies or Hessians in its steps, which a cache does not keep: ...
+    """
+    try:
+        kinds = layer.init_cache(1, 1).kinds
+    except ValueError as error:
+        return str(error)
+    if {"append", "state"} <= set(kinds):
+        name = layer.energy_function.name
+        return f"layer `{name}` keeps keys and a state, which no layer of a cache holds together"
+    return None
 
 
 def scale_start(layer: cem.EnergyLayer, init: float | Mapping[str, float], where: str) -> None:

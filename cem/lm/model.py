@@ -5,7 +5,7 @@ Legend: B batch, T tokens, S tokens so far, D dim, V vocabulary, L blocks.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,39 +13,47 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from cem.layer import EnergyLayer
 
-from .cache import HeldByTransformers
+from .cache import CACHE, HeldByTransformers, hold_states
 from .config import CEMConfig
-from .layers import Residual, derived, llama_part
+from .layers import Residual, derived, llama_part, why_no_cache
+from .view import View, view_of
 
-# transformers 5.24 calls the cache of a forward pass `cache`, earlier versions `past_key_values`.
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+logger = logging.get_logger(__name__)
 
 
 class CEMBlock(GradientCheckpointingLayer):
-    """The parts of one block, one after the other on the state (B, T, D)."""
+    """The parts of one block, one after the other on the state (B, T, D); what looks back is kept at ``slot``."""
 
-    def __init__(self, config: CEMConfig, index: int) -> None:
+    def __init__(self, config: CEMConfig, index: int, slot: int) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.slot = index, slot
         self.parts = nn.ModuleDict()
         for place, description in enumerate(config.blocks[index]):
+            where = f"block {index}, part {place}"
             if "module" in description:
-                part, name = llama_part(description, config, index), description["module"]
+                part, name = llama_part(description, config, where, slot), description["module"]
             else:
-                where = f"block {index}, part {place}"
                 part = derived(description, config.hidden_size, config.norm_eps, where)
                 name = description.get("name", part.energy_function.name)
                 # How each module of the layer is drawn afresh, for weights that a checkpoint lacks.
@@ -54,46 +62,36 @@ class CEMBlock(GradientCheckpointingLayer):
             while name in self.parts:
                 name += "_"
             self.parts[name] = part
-        looking = [name for name, part in self.parts.items() if has_context(part)]
-        if len(looking) > 1:
+        self.looking = [name for name, part in self.parts.items() if has_context(part)]
+        if len(self.looking) > 1:
             raise ValueError(
-                f"block {index} has {len(looking)} parts with a context, {' and '.join(looking)}, but a cache has one"
-                " entry a block; put them into blocks of their own"
+                f"block {index} has {len(self.looking)} parts with a context, {' and '.join(self.looking)}, but a"
+                " cache has one entry a block; put them into blocks of their own"
             )
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        mask: Tensor | None,
-        visible: Tensor | None,
-        positions: Tensor,
-        places: Tensor | None = None,
-        past: int = 0,
-        padded: bool = True,
-        cache=None,
-        **kwargs,
+        self, hidden_states: Tensor, *, view: View, cache=None, past_key_values=None
     ) -> Tensor:
-        h = hidden_states
+        h, cache = hidden_states, past_key_values if cache is None else cache
         for part in self.parts.values():
+            inputs = {}
             if isinstance(part, Residual):
                 if part.context:
-                    turns = part.rotary(h, positions)
-                    inputs = {"attention_mask": mask, "position_embeddings": turns, CACHE: cache}
-                    h = part(h, **inputs, **kwargs)
-                else:
-                    h = part(h)
-                continue
-            inputs = {}
-            if part.energy_function.has_positions:
-                inputs["positions"] = positions
-            if has_context(part):
-                inputs["visible"] = visible
-                if cache is not None:
-                    kinds = part.lowering.decoding.kinds
-                    if "state" in kinds and not padded:
-                        del inputs["visible"]
-                    inputs["cache"] = HeldByTransformers(cache, self.index, kinds, past, places)
+                    turns = part.rotary(h, view.positions)
+                    inputs = {
+                        "attention_mask": view.mask,
+                        "position_embeddings": turns,
+                        CACHE: cache,
+                    }
+            else:
+                if part.energy_function.has_positions:
+                    inputs["positions"] = view.positions
+                if has_context(part):
+                    inputs["visible"] = view.visible
+                    if cache is not None:
+                        kinds = part.lowering.decoding.kinds
+                        held = HeldByTransformers(cache, self.slot, kinds, view)
+                        inputs |= {"cache": held, "visible": held.visible}
             h = part(h, **inputs)
         return h
 
@@ -112,6 +110,7 @@ class CEMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CEMBlock"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CEMBlock}
@@ -142,41 +141,22 @@ class CEMModel(CEMPreTrainedModel):
     def __init__(self, config: CEMConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(CEMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        for index in range(config.num_hidden_layers):
+            slot = sum(len(block.looking) for block in self.layers)
+            self.layers.append(CEMBlock(config, index, slot))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        parts = [block.parts[name] for block in self.layers for name in block.looking]
+        energies = {at: part for at, part in enumerate(parts) if isinstance(part, EnergyLayer)}
+        # Why no cache can be kept, which of its layers hold states, and whether positions of what it holds are read.
+        self.no_cache = next(filter(None, map(why_no_cache, energies.values())), None)
+        decodings = {
+            at: part.lowering.decoding for at, part in energies.items() if not self.no_cache
+        }
+        self.stateful = [at for at, decoding in decodings.items() if "state" in decoding.kinds]
+        self.placed = any(decoding.placed for decoding in decodings.values())
         self.gradient_checkpointing = False
         self.post_init()
-
-    @cached_property
-    def _first(self) -> int | None:
-        """The first block that has something in a cache."""
-        blocks = (b.index for b in self.layers if any(map(has_context, b.parts.values())))
-        return next(blocks, None)
-
-    @cached_property
-    def _decodings(self) -> list:
-        """How the programs of the energy layers with a context are cut for a cache."""
-        parts = [p for b in self.layers for p in b.parts.values() if isinstance(p, EnergyLayer)]
-        return [part.lowering.decoding for part in parts if has_context(part)]
-
-    @cached_property
-    def _states(self) -> bool:
-        """Whether a layer keeps a state of linear attention."""
-        return any("state" in decoding.kinds for decoding in self._decodings)
-
-    def _held(self, cache, attention_mask: Tensor | None, count: int) -> tuple:
-        """How many tokens were seen, how many a cache gives back before new ones, and the positions of them all."""
-        if self._first is None:
-            return 0, 0, None
-        seen = cache.get_seq_length(self._first)
-        past = cache.get_mask_sizes(count, self._first)[0] - count
-        if not any(decoding.placed for decoding in self._decodings):
-            return seen, past, None
-        places = torch.arange(past + count, device=self.device)[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            known = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            places = torch.cat([known, places.expand(len(known), -1)[:, known.shape[1] :]], 1)
-        return seen, past, places
 
     @merge_with_config_defaults
     @capture_outputs
@@ -202,48 +182,30 @@ class CEMModel(CEMPreTrainedModel):
             use_cache: make a cache if there is none.
 
         Raises:
-            ValueError: tokens and embeddings are both given, or neither.
+            ValueError: tokens and embeddings are both given, or neither; a cache for layers that cannot use one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`: got both or neither")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            logger.warning_once("fused kernels keep no attention weights: `attentions` is None")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        seen, past, places = 0, 0, None
-        if cache is not None:
-            seen, past, places = self._held(cache, attention_mask, h.shape[1])
-        if position_ids is None:
-            position_ids = seen + torch.arange(h.shape[1], device=h.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            # The mask is as long as what the first block with a cache gives back.
-            **({"layer_idx": self._first} if self._first else {}),
-            **{CACHE: cache},
+        if cache is not None and self.no_cache:
+            raise ValueError(self.no_cache)
+        stateful = bool(self.stateful and (use_cache or cache is not None))
+        view = view_of(
+            self.config,
+            h,
+            attention_mask,
+            position_ids,
+            cache,
+            placed=self.placed,
+            stateful=stateful,
         )
-        visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
-        if mask is None and cache is not None and (isinstance(seen, Tensor) or past != seen):
-            # A cache with room to spare gives back more than there is.
-            latest = seen + torch.arange(h.shape[1], device=h.device)
-            visible = (torch.arange(past + h.shape[1], device=h.device) <= latest[:, None])[
-                None, None
-            ]
-        # States of linear attention need to know; everything else reads the mask.
-        padded = attention_mask is not None and (not self._states or not attention_mask.all())
+        if use_cache and cache is None and not view.pairs and not self.no_cache:
+            cache = DynamicCache(config=self.config)
         for block in self.layers:
-            h = block(
-                h,
-                mask=mask,
-                visible=None if visible is None else visible[:, 0],
-                positions=position_ids,
-                places=places,
-                past=past,
-                padded=padded,
-                **{CACHE: cache},
-            )
+            h = block(h, view=view, **{CACHE: cache})
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), **{CACHE: cache})
 
 
@@ -265,7 +227,21 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CEMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = bool(self.model.stateful)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if self.model.no_cache:
+            if "inputs_embeds" in model_kwargs:
+                raise ValueError(
+                    f"`generate` goes on from `inputs_embeds` with a cache only: got them, but {self.model.no_cache};"
+                    " give `input_ids`"
+                )
+            logger.warning_once(f"`generate` runs without a cache: {self.model.no_cache}")
+            generation_config.use_cache = False
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        for slot in self.model.stateful if CACHE in model_kwargs else ():
+            hold_states(model_kwargs[CACHE], slot)
 
     @can_return_tuple
     def forward(
@@ -307,10 +283,25 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+class CEMForSequenceClassification(GenericForSequenceClassification, CEMPreTrainedModel):
+    """A :class:`CEMModel` with one set of scores a sequence, read at its last token."""
+
+
+class CEMForTokenClassification(GenericForTokenClassification, CEMPreTrainedModel):
+    """A :class:`CEMModel` with one set of scores a token."""
+
+
+class CEMForQuestionAnswering(GenericForQuestionAnswering, CEMPreTrainedModel):
+    """A :class:`CEMModel` with scores of where an answer begins and ends."""
 
 
 AutoConfig.register("cem", CEMConfig, exist_ok=True)
 AutoModel.register(CEMConfig, CEMModel, exist_ok=True)
 AutoModelForCausalLM.register(CEMConfig, CEMForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(CEMConfig, CEMForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(CEMConfig, CEMForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(CEMConfig, CEMForQuestionAnswering, exist_ok=True)

@@ -62,7 +62,7 @@ class CEMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: CEMConfig, index: int) -> None:
         super().__init__()
-        parts = {name: part(config, index) for name, part in BLOCKS[index].items()}
+        parts = {name: part(config, $slot) for name, part in BLOCKS[index].items()}
         self.parts = nn.ModuleDict(parts)
 
     def forward(self, hidden_states: Tensor, **inputs) -> Tensor:
@@ -115,7 +115,7 @@ class CEMModel(CEMPreTrainedModel):
         T = S = h.shape[1]
         seen = 0
         if cache is not None:
-            seen, S = cache.get_seq_length($first), cache.get_mask_sizes(T, $first)[0]
+            seen, S = cache.get_seq_length(), cache.get_mask_sizes(T, 0)[0]
         if position_ids is None:
             position_ids = seen + torch.arange(T, device=h.device)[None]
         mask = create_causal_mask(
@@ -123,7 +123,7 @@ class CEMModel(CEMPreTrainedModel):
             inputs_embeds=h,
             attention_mask=attention_mask,
             position_ids=position_ids,
-$layer            **{CACHE: cache},
+            **{CACHE: cache},
         )
         visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
         if mask is None and S > T and (T > 1 or isinstance(seen, Tensor) or S > seen + T):

@@ -52,9 +52,7 @@ def linear_attention(
     """
     T, S = q.shape[-2], k.shape[-2]
     if visible is not None and visible.shape[-2] == 1:
-        k = k.masked_fill(~visible.transpose(-1, -2), 0.0)
-        log_decay = None if log_decay is None else log_decay.masked_fill(~visible[:, :, 0], 0.0)
-        visible = None
+        (k, log_decay), visible = _unhidden(k, log_decay, visible), None
     if visible is None and causal and T == S:
         return linear_recall(q, k, v, log_decay, linear_memory(k, v, log_decay, state))
     if visible is None and not causal and log_decay is None:
@@ -74,9 +72,10 @@ def linear_context(
     """What :func:`linear_recalled` can know of the context alone, or None where it takes the dense product.
 
     ``states`` are what earlier tokens left, this one's at ``number``; with them the context is the tokens that came
-    after, without a mask.
+    after. A mask then hides those that the last of them does not see: padding, and nothing else.
     """
     if states is not None:
+        k, log_decay = _unhidden(k, log_decay, visible)
         return linear_memory(k, v, log_decay, states[number])
     if visible is None and (causal or log_decay is None):
         return linear_memory(k, v, log_decay)
@@ -94,6 +93,8 @@ def linear_recalled(
     memory: Tensor | None,
 ) -> Tensor:
     """:func:`linear_attention` from the ``memory`` of :func:`linear_context`."""
+    if states is not None:
+        k, log_decay = _unhidden(k, log_decay, visible)
     if states is not None or (memory is not None and causal):
         return linear_recall(q, k, v, log_decay, memory)
     if memory is not None:
@@ -153,6 +154,17 @@ def linear_recall(
         q = q * decay.cumsum(-1).exp().unsqueeze(-1).to(q.dtype)
     out = weights.tril() @ v + q @ memory[:, :, :-1].to(q.dtype)
     return out.flatten(2, 3)[:, :, :T]
+
+
+def _unhidden(
+    k: Tensor, log_decay: Tensor | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Keys and decays of the tokens that the last one sees: a key of 0 adds nothing, a decay of 0 forgets nothing."""
+    if visible is None:
+        return k, log_decay
+    hidden = ~visible[..., -1, -k.shape[-2] :]  # (B, 1, S)
+    k = k.masked_fill(hidden.unsqueeze(-1), 0.0)
+    return k, None if log_decay is None else log_decay.masked_fill(hidden, 0.0)
 
 
 def _chunks(t: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""Tiny language models for the tests of the Hugging Face interface: every kind of block, two blocks each."""
+
+import torch
+from transformers import set_seed
+
+from cem.hf import CEMConfig, CEMForCausalLM
+
+VOCAB, WIDTH = 37, 16
+ATTENTION = {"energy": "rotary_interaction", "heads": 2, "rank": 8}
+MLP = {"energy": "gated_silu", "hidden": 24}
+ALIBI = {"energy": "alibi_interaction", "heads": 2, "rank": 8}
+
+# Blocks of every kind; a list of two lists is one description a block.
+BLOCKS = {
+    "tied": [ATTENTION, MLP],
+    "parallel": [{"energy": "parallel_block", "heads": 2, "rank": 8, "hidden": 24}],
+    "linear": [{"energy": "gated_linear_attention", "heads": 2, "rank": 8}, MLP],
+    "recursion": [
+        {
+            **ATTENTION,
+            "steps": 3,
+            "update": {"Momentum": {"step_size": 0.5}},
+            "preconditioner": {"DiagonalPlusLowRank": {"rank": 2}},
+        },
+        MLP,
+    ],
+    "llama": [
+        {"module": "attention", "heads": 2, "kv_heads": 1, "rank": 8},
+        {"module": "mlp", "hidden": 24},
+    ],
+    "differing": [[ATTENTION, {"energy": "plain_gelu", "hidden": 20}], [MLP, ALIBI]],
+}
+# Layers that no cache serves: Newton asks for Hessians.
+UNCACHED = [{**ATTENTION, "update": {"Newton": {}}}, MLP]
+
+
+def config(block="tied", **options):
+    """The configuration of a kind of ``BLOCKS``, or of a block."""
+    parts = BLOCKS[block] if isinstance(block, str) else block
+    where = {"layers": parts} if isinstance(parts[0], list) else {"block": parts}
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2}
+    return CEMConfig(**sizes | where | {"initializer_range": 0.3} | options)
+
+
+def model(block="tied", kind=CEMForCausalLM, *, dtype=torch.float64, seed=0, **options):
+    """A model of a kind of ``BLOCKS``, in eval mode, its weights drawn from a seed."""
+    set_seed(seed)
+    return kind(config(block, **options)).to(dtype).eval()
+
+
+def tokens(batch=2, length=9, seed=1):
+    """Tokens (batch, length) from a seed."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
