@@ -10,7 +10,7 @@ import cem
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache  # noqa: E402
 
 from cem.hf import CEMConfig, CEMForCausalLM  # noqa: E402
 from cem.lm.model import CACHE  # noqa: E402
@@ -167,21 +167,44 @@ def test_a_factor_on_the_start_multiplies_what_was_drawn():
 
 @pytest.mark.parametrize("size", ["tiny", "25m"])
 def test_a_preset_has_the_parameters_of_its_twin(size):
-    with torch.device("meta"):
-        counts = {
-            side: sum(p.numel() for p in kind(preset(side + size)).parameters())
-            for side, kind in (
-                ("", CEMForCausalLM),
-                ("half-", CEMForCausalLM),
-                ("llama-", LlamaForCausalLM),
-            )
-        }
+    def count(name):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(preset(name + size))
+        return sum(parameter.numel() for parameter in model.parameters())
+
     shape = SHAPES[size]
-    gains = 2 * shape.layers * shape.dim  # Llama's norms have gains, ours one step size a part
-    assert counts["llama-"] - gains == counts[""] - 2 * shape.layers
-    halves = 2 * shape.layers * shape.dim**2
-    third = shape.layers * shape.hidden * shape.dim
-    assert counts[""] - counts["half-"] == halves + third
+    steps = 2 * shape.layers  # one a part, where Llama's norms have gains
+    llama = count("llama-") - steps * shape.dim
+    assert count("tied-") == llama + steps
+    assert count("") == llama + steps + shape.layers * (shape.heads + shape.hidden)
+    attention, mlp = 2 * shape.layers * shape.dim**2, shape.layers * shape.hidden * shape.dim
+    assert count("half-") == llama + steps - attention - mlp
+
+
+@torch.no_grad()
+def test_a_preset_begins_as_llama():
+    """At w = 0 the partly tied layers are untied attention and a gated MLP with three matrices."""
+    config = preset("tiny", vocab_size=31, hidden_size=32, num_hidden_layers=2)
+    config.block[0] |= {"heads": 2, "rank": 4, "copies": 4}
+    config.block[1] |= {"hidden": 24}
+    torch.manual_seed(0)
+    ours = CEMForCausalLM(config).eval()
+    sizes = {"intermediate_size": 24, "num_attention_heads": 2, "head_dim": 4}
+    llama = LlamaForCausalLM(
+        preset("llama-tiny", vocab_size=31, hidden_size=32, num_hidden_layers=2, **sizes)
+    ).eval()
+    llama.model.embed_tokens.weight.copy_(ours.model.embed_tokens.weight)
+    for mine, its in zip(ours.model.layers, llama.model.layers, strict=True):
+        attention, mlp = mine.parts["partly_tied_interaction"], mine.parts["partly_tied_gated"]
+        for name, projection in (("Q", "q"), ("K", "k"), ("V", "v")):
+            weight = getattr(its.self_attn, f"{projection}_proj").weight
+            weight.copy_(getattr(attention, name).flatten(0, 1))
+        its.self_attn.o_proj.weight.copy_(attention.W.flatten(0, 1).T)
+        its.mlp.gate_proj.weight.copy_(mlp.G)
+        its.mlp.up_proj.weight.copy_(mlp.U)
+        its.mlp.down_proj.weight.copy_(mlp.D.T)
+    ids = tokens()
+    assert torch.allclose(ours(ids).logits, llama(ids).logits, rtol=0, atol=1e-5)
 
 
 WRONG = {

@@ -36,13 +36,35 @@ SHAPES = {
 }
 
 
-def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrainedConfig:
-    """The configuration of a preset: ``SIZE``, ``half-SIZE`` or ``llama-SIZE`` with SIZE of ``SHAPES``.
+def _blocks(shape: Shape) -> dict[str, list[dict]]:
+    rank, heads, hidden = shape.dim // shape.heads, shape.heads, shape.hidden
+    start = {"init": {"w": 0.0}}  # as Llama
 
-    All three have the same depth and width. ``SIZE`` has the parameters of ``llama-SIZE``, matrix for matrix: its
-    tied attention has twice the heads (two matrices a head instead of four) and its gated MLP 3/2 of the hidden
-    units (two matrices instead of three). ``half-SIZE`` has Llama's heads and hidden units, so half of the
-    parameters of its attention and two thirds of those of its MLP.
+    def tied(heads: int, hidden: int) -> list[dict]:
+        return [
+            {"energy": "rotary_interaction", "heads": heads, "rank": rank},
+            {"energy": "gated_silu", "hidden": hidden},
+        ]
+
+    partly = {"energy": "partly_tied_interaction", "heads": heads, "rank": rank, "copies": rank}
+    return {
+        "": [partly | start, {"energy": "partly_tied_gated", "hidden": hidden} | start],
+        "tied": tied(2 * heads, 3 * hidden // 2),
+        "half": tied(heads, hidden),
+    }
+
+
+def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrainedConfig:
+    """The configuration of a preset: ``SIZE``, ``tied-SIZE``, ``half-SIZE`` or ``llama-SIZE``, SIZE of ``SHAPES``.
+
+    All four have the same depth and width.
+
+    - ``SIZE`` has Llama's matrices and a learned share of the tied forces, from 0: ``partly_tied_interaction`` and
+      ``partly_tied_gated``. ``benchmarks/parity`` says why it is the default.
+    - ``tied-SIZE`` has the parameters of ``llama-SIZE``, matrix for matrix: its tied attention has twice the heads
+      (two matrices a head instead of four) and its gated MLP 3/2 of the hidden units (two matrices instead of three).
+    - ``half-SIZE`` has Llama's heads and hidden units, so half of the parameters of its attention, half of its cache,
+      and two thirds of the parameters of its MLP.
 
     Args:
         name: the preset.
@@ -52,12 +74,13 @@ def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrained
     Raises:
         ValueError: no preset has that name.
 
-    >>> preset("half-124m").block[0]["heads"], preset("124m").block[0]["heads"]
+    >>> preset("half-124m").block[0]["heads"], preset("tied-124m").block[0]["heads"]
     (12, 24)
     """
     side, _, size = name.rpartition("-")
-    if size not in SHAPES or side not in ("", "half", "llama"):
-        known = [f"{side}{size}" for size in SHAPES for side in ("", "half-", "llama-")]
+    sides = ("", "tied", "half", "llama")
+    if size not in SHAPES or side not in sides:
+        known = [f"{side}-{size}".lstrip("-") for size in SHAPES for side in sides]
         raise ValueError(f"a preset is one of {', '.join(known)}: got {name!r}; type 'tiny'")
     shape = SHAPES[size]
     common = {
@@ -69,22 +92,11 @@ def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrained
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    rank = shape.dim // shape.heads
-    if side == "llama":
-        return LlamaConfig(
-            **common
-            | {
-                "intermediate_size": shape.hidden,
-                "num_attention_heads": shape.heads,
-                "head_dim": rank,
-            }
-            | changes
-        )
-    heads, hidden = shape.heads, shape.hidden
-    if side == "":
-        heads, hidden = 2 * heads, 3 * hidden // 2
-    block = [
-        {"energy": "rotary_interaction", "heads": heads, "rank": rank},
-        {"energy": "gated_silu", "hidden": hidden},
-    ]
-    return CEMConfig(**common | {"block": block} | changes)
+    if side != "llama":
+        return CEMConfig(**common | {"block": _blocks(shape)[side]} | changes)
+    sizes = {
+        "intermediate_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "head_dim": shape.dim // shape.heads,
+    }
+    return LlamaConfig(**common | sizes | changes)

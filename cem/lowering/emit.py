@@ -37,7 +37,7 @@ from .bilinear import EXACT, split_conditions
 from .linear_attention import LinearAttention
 from .ops import Ops
 from .places import Places
-from .values import BATCH, TOKEN, Value, is_placed, is_seq, gathered, joined, sources
+from .values import BATCH, TOKEN, Value, gathered, is_placed, is_seq, joined, sources
 
 
 class Emitter:
