@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 from cem.hf import CEMConfig, CEMForCausalLM  # noqa: E402
 from cem.lm.model import CACHE  # noqa: E402
 from cem.lm.presets import SHAPES, preset  # noqa: E402
+from cem.lowering import kernels  # noqa: E402
 
 ATTENTION = {"energy": "rotary_interaction", "heads": 2, "rank": 6}
 
@@ -242,3 +243,21 @@ def test_a_block_that_looks_twice_is_refused():
         preset("large")
     with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
         model()()
+
+
+def test_a_window_is_read_block_by_block(monkeypatch):
+    """Where nothing says other positions, a window costs its width, not the length of the sequence."""
+    asked, windowed = [], kernels.windowed_attention
+
+    def noted(*arguments):
+        asked.append(arguments[5])  # ordered
+        return windowed(*arguments)
+
+    monkeypatch.setattr(kernels, "windowed_attention", noted)
+    its, ids = model([PARTS["window"]]), tokens()
+    whole = its(ids, use_cache=False).logits
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    assert torch.allclose(
+        its(ids, position_ids=places, use_cache=False).logits, whole, rtol=0, atol=1e-12
+    )
+    assert asked == 2 * [True] + 2 * [False]

@@ -84,7 +84,7 @@ class CEMBlock(GradientCheckpointingLayer):
                         CACHE: cache,
                     }
             else:
-                if part.energy_function.has_positions:
+                if part.energy_function.has_positions and not view.counted:
                     inputs["positions"] = view.positions
                 if has_context(part):
                     inputs["visible"] = view.visible

@@ -24,6 +24,7 @@ class View(NamedTuple):
             attention, and are looked for only where there are some.
         pairs: whether the mask says more than padding and causality.
         positions: (B or 1, T).
+        counted: whether the positions are 0, 1, 2, ..., so that a window may be read block by block.
         places: positions of all S tokens, (B or 1, S), or None where they are those of the call.
         past: S - T.
     """
@@ -33,6 +34,7 @@ class View(NamedTuple):
     padding: Tensor | None
     pairs: bool
     positions: Tensor
+    counted: bool
     places: Tensor | None
     past: int
 
@@ -89,4 +91,5 @@ def view_of(
         fresh = cache is None and given is not None
         pairs = attention_mask is not None or (fresh and bool((given.diff() != 1).any()))
     visible = None if visible is None else visible[:, 0]
-    return View(mask, visible, padding, pairs, positions, places, past)
+    counted = given is None and cache is None
+    return View(mask, visible, padding, pairs, positions, counted, places, past)
