@@ -35,6 +35,7 @@ CONCRETE = {
     "seq": 3,
     "heads": 2,
     "rank": 2,
+    "copies": 2,
     "hidden": 4,
     "block": 2,
     "groups": 2,

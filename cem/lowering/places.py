@@ -54,10 +54,10 @@ class Places:
         """Cosines and sines of a rotation, once for all that share them, laid out for ``rows``."""
         rates, size = expression.rates(self.host.size(expression.index))
         missing = tuple(n for n, axis in enumerate(rows) if axis not in where.axes)
-        key = (where.node, rates, size)
+        key = (where.node, rates, size, expression.interleaved)
         if key not in self.angles:
             like = self.host.input("h")
-            node = self.ops.call(kernels.turns, where.node, rates, size, like, name="angles")
+            node = self.ops.call(kernels.turns, *key, like, name="angles")
             self.angles[key] = node
         if (*key, missing) not in self.angles:
             node = self.angles[key]

@@ -31,17 +31,25 @@ def lookup(array: Tensor, number: Tensor) -> Tensor:
 
 
 def turns(
-    position: Tensor, frequencies: tuple[float, ...] | float, size: int, like: Tensor
+    position: Tensor,
+    frequencies: tuple[float, ...] | float,
+    size: int,
+    interleaved: bool,
+    like: Tensor,
 ) -> Tensor:
-    """Cosines and sines of position (...) times frequency, (..., 2, n), in the type of ``like``.
+    """Cosines and sines of position (...) times frequency, (..., 2, 2 n), in the type of ``like``.
 
-    ``frequencies`` may be the base b of n = size/2 frequencies b^(-2i/size). Angles are float32 at least.
+    There is one for each of the 2 n coordinates that turn, in the order of their pairs; the sine of the first of a
+    pair is negative. ``frequencies`` may be the base b of n = size/2 frequencies b^(-2i/size). Angles are float32 at
+    least.
     """
     if isinstance(frequencies, tuple):
         rates = torch.tensor(frequencies, dtype=position.dtype, device=position.device)
     else:
         powers = torch.arange(0, size, 2, dtype=position.dtype, device=position.device) / -size
         rates = frequencies**powers
+    pairs = (-rates, rates)
+    rates = torch.stack(pairs, -1).flatten() if interleaved else torch.cat(pairs)
     angle = position.unsqueeze(-1) * rates
     return torch.stack((angle.cos(), angle.sin()), -2).to(like.dtype)
 
@@ -49,14 +57,13 @@ def turns(
 def rotate(value: Tensor, turns: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """The first 2 n coordinates of (..., R) turned in pairs, by minus the angle for the inverse."""
     cos, sin = turns.unbind(-2)
-    count, sign = cos.shape[-1], -1 if inverse else 1
+    width = cos.shape[-1]
+    turning = value if width == value.shape[-1] else value[..., :width]
     if interleaved:
-        u, v = value[..., : 2 * count].unflatten(-1, (count, 2)).unbind(-1)
+        swapped = turning.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
     else:
-        u, v = value[..., :count], value[..., count : 2 * count]
-    pair = [torch.addcmul(u * cos, v, sin, value=-sign), torch.addcmul(v * cos, u, sin, value=sign)]
-    if interleaved:
-        pair = [torch.stack(pair, -1).flatten(-2)]
-    if 2 * count < value.shape[-1]:
-        pair.append(value[..., 2 * count :].expand(*pair[0].shape[:-1], -1))
-    return pair[0] if len(pair) == 1 else torch.cat(pair, -1)
+        swapped = torch.cat((turning[..., width // 2 :], turning[..., : width // 2]), -1)
+    turned = torch.addcmul(turning * cos, swapped, sin, value=-1 if inverse else 1)
+    if width == value.shape[-1]:
+        return turned
+    return torch.cat((turned, value[..., width:].expand(*turned.shape[:-1], -1)), -1)
