@@ -165,7 +165,8 @@ class EnergyLayer(nn.Module):
             cache=cache,
         )
         if memory is None:
-            return descend(self, first, h)[0].reshape(shape)
+            h, _ = descend(self, first, h)
+            return h if h.shape == shape else h.reshape(shape)  # FSDP warns of views
         h, memory = descend(self, first, h, descent.carried(self, memory, shape).reshape(h.shape))
         return h.reshape(shape), memory.reshape(shape)
 
