@@ -41,7 +41,7 @@ demo: $(VENV)/.package  ## set up and run the demo
 test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-test-long: $(VENV)/.test  ## the attacks on certificates and bounds, ten thousand trials each: minutes
+test-long: $(VENV)/.test  ## ten thousand trials against certificates and bounds, processes that are killed: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long -rP $(ARGS)
 
 test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one

@@ -50,7 +50,7 @@ class EnergyLayer(nn.Module):
     """The layer h+ = h - step_size * P dE/dh of an energy; made by :func:`derive`.
 
     Parameters are registered under their own names (``layer.Q``); a learned scalar that must stay positive is
-    registered as its logarithm (``layer.log_beta``).
+    registered as its logarithm (``layer.log_beta``). A learned number has shape (1,), as FSDP asks.
 
     Attributes:
         energy_function: the :class:`~cem.Energy`.
@@ -98,7 +98,7 @@ class EnergyLayer(nn.Module):
             self.register_parameter(str(parameter.name), nn.Parameter(torch.empty(shape)))
         self._learned = tuple(s for s in scalars if s.name in learn)
         for scalar in self._learned:
-            value, name = torch.tensor(float(scalars[scalar])), scalar.name
+            value, name = torch.tensor([float(scalars[scalar])]), scalar.name
             if scalar.is_positive:
                 value, name = value.log(), f"log_{name}"
             self.register_parameter(name, nn.Parameter(value))
@@ -165,7 +165,8 @@ class EnergyLayer(nn.Module):
             cache=cache,
         )
         if memory is None:
-            return descend(self, first, h)[0].reshape(shape)
+            h, _ = descend(self, first, h)
+            return h if h.shape == shape else h.reshape(shape)  # FSDP warns of views
         h, memory = descend(self, first, h, descent.carried(self, memory, shape).reshape(h.shape))
         return h.reshape(shape), memory.reshape(shape)
 
@@ -212,9 +213,9 @@ class EnergyLayer(nn.Module):
         found = [getattr(self, str(p.name)) for p in self.energy_function.parameters]
         for scalar in self._learned:
             if scalar.is_positive:
-                found.append(getattr(self, f"log_{scalar.name}").exp())
+                found.append(getattr(self, f"log_{scalar.name}")[0].exp())
             else:
-                found.append(getattr(self, scalar.name))
+                found.append(getattr(self, scalar.name)[0])
         return tuple(found)
 
     def energy(self, h: Tensor, *, frozen: Tensor | None = None, **inputs: Tensor | None) -> Tensor:

@@ -78,7 +78,7 @@ class ScaledIdentity(AbstractPreconditioner):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.d = nn.Parameter(torch.tensor(_ONE))
+        self.d = nn.Parameter(torch.tensor([_ONE]))
 
     def forward(self, gradient: Tensor, h: Tensor | None = None, step: int = 0) -> Tensor:
         return gradient * F.softplus(self.d).to(gradient.dtype)

@@ -269,14 +269,20 @@ def trace(
             f"`trace` found no energy layer in {type(model).__name__}: make one with `cem.derive(energy, ...)`"
         )
     records: list[_Recording] = []
+    found: list[LayerTrace] = []
+
+    def finish(*_) -> None:
+        # At once: FSDP keeps the parameters of a block whole only while the block runs.
+        found.append(records.pop().finish(states))
+
     with ExitStack() as restore, torch.no_grad():
         for name, layer in layers.items():
             layer.begin = _record(layer, name or layer.energy_function.name, records, after)
             restore.callback(layer.__dict__.pop, "begin")
+            restore.callback(layer.register_forward_hook(finish).remove)
         model(*inputs, **keywords)
-        found = tuple(record.finish(states) for record in records)
     if not found:
         raise ValueError(
             f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}"
         )
-    return EnergyTrace(found)
+    return EnergyTrace(tuple(found))

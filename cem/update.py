@@ -127,7 +127,7 @@ class Stepping(AbstractUpdate):
             )
         self.learn = learn
         held = sizes if self.per_step else sizes[0]
-        self.step_size = nn.Parameter(torch.tensor(held)) if learn else held
+        self.step_size = nn.Parameter(torch.tensor(sizes)) if learn else held
 
     def check(self, energy, steps: int, preconditioner: nn.Module | None) -> None:
         if self.per_step and len(self.step_size) != steps:
@@ -176,8 +176,9 @@ class Stepping(AbstractUpdate):
 
 def _shown(value: float | tuple[float, ...] | Tensor) -> str:
     value = value.tolist() if isinstance(value, Tensor) else value
-    if isinstance(value, float):
-        return f"{value:g}"
+    value = (value,) if isinstance(value, float) else value
+    if len(value) == 1:
+        return f"{value[0]:g}"
     return f"({', '.join(f'{one:g}' for one in value)})"
 
 
@@ -186,7 +187,7 @@ class GradientDescent(Stepping):
 
     Args:
         step_size: eta, in units of the state per unit of gradient; or a sequence of them, one a step.
-        learn: make it a learned number, or learned numbers, registered as ``step_size``.
+        learn: make it a learned number, or learned numbers, registered as ``step_size``, shape (1,) or (N,).
 
     Raises:
         ValueError: a step size that is not positive: it would climb.
@@ -263,7 +264,7 @@ class Momentum(Stepping):
                 f"`{name}` needs a momentum of at least 0 and below 1: got {momentum}; type"
                 f" `cem.{name}(momentum=0.9)`"
             )
-        self.momentum = nn.Parameter(torch.tensor(float(momentum))) if learn else float(momentum)
+        self.momentum = nn.Parameter(torch.tensor([float(momentum)])) if learn else float(momentum)
 
     def init(self, h: Tensor) -> Tensor:
         """No move yet: zeros like h."""

@@ -118,7 +118,7 @@ def test_step_sizes_and_preconditioners(learn, preconditioner):
 def test_learned_scalars():
     case = Case(energies.interaction, ())
     layer = case.derive(learn="beta", beta=0.7)
-    assert_close(layer.log_beta.exp(), torch.tensor(0.7), 1e-7)
+    assert_close(layer.log_beta.exp(), torch.tensor([0.7]), 1e-7)
     assert layer.scalars == {"beta": pytest.approx(0.7)}
     found = gradients(layer, layer, case.inputs())
     assert found["log_beta"] != 0

@@ -1,6 +1,7 @@
 """``cem train``, ``cem eval``, ``cem sample``: language models."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def train(
         said = Run.read(run, changes or ())
         out = out or Path("runs") / run.stem
         result = train(said, out)
+    if int(os.environ.get("RANK", 0)):  # the first process speaks for all
+        return
     print(
         f"held out {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} bits a byte; "
         f"{result.parameters:,} parameters, {result.tokens:,} tokens, "

@@ -15,6 +15,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import RandomSampler
 
 from .optimizer import Muon, decayed, hidden_matrices
 
@@ -30,6 +31,7 @@ class Trainer(transformers.Trainer):
     * ``eval_loss`` is the sum of the losses of all held-out tokens over their number, in nats, where
       the original takes the mean over batches; ``eval_bits_per_byte`` is the same per byte of text.
     * Weight decay is for parameters of two axes and more, whatever their names.
+    * An epoch is whole training steps, whether their windows are accumulated, on several devices, or not.
     * FSDP that was asked for and not set up is refused; on a CPU it would silently be DDP.
 
     Args:
@@ -65,6 +67,14 @@ class Trainer(transformers.Trainer):
         prefix = keywords.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_nats")
         return output
+
+    def _get_train_sampler(self, train_dataset=None):
+        # An epoch is whole training steps, so that it is the same however a step is divided.
+        sampler = super()._get_train_sampler(train_dataset)
+        if not self.args.dataloader_drop_last or type(sampler) is not RandomSampler:
+            return sampler
+        windows, sequences = len(sampler), self.get_total_train_batch_size(self.args)
+        return RandomSampler(sampler.data_source, num_samples=windows - windows % sequences)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Windows that do not fill a batch are left out of training, and of nothing else.

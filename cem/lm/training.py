@@ -7,12 +7,13 @@ the one of ``transformers.Trainer``.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import shutil
 import statistics
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ from .throughput import flops_per_token, peak_flops
 from .trainer import PARTIAL, Trainer, checkpoints
 
 _TRACED_TOKENS = 2048  # of the fixed batch whose energies are recorded
+_ENGINES = ("fsdp", "fsdp_config", "deepspeed")  # of training; a finished model needs none
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,30 @@ def build(model: str | dict, tokenizer) -> transformers.PreTrainedModel:
 
 
 def arguments(run: Run, out: str | Path) -> TrainingArguments:
-    """The training arguments of a run: bfloat16 on a GPU unless it says otherwise.
+    """The training arguments of a run: bfloat16 on a GPU, of which a process takes one.
 
     Raises:
-        ValueError: TrainingArguments does not take one of the values.
+        ValueError: TrainingArguments does not take one of the values, or the processes that were
+            started do not find each other.
     """
     gpu = torch.cuda.is_available()
-    given = {"bf16": gpu, "dataloader_pin_memory": gpu, "data_seed": run.seed} | run.trainer
+    given = {"bf16": gpu, "dataloader_pin_memory": gpu, "data_seed": run.seed}
+    # Without this, processes on a CPU would each train alone.
+    given |= {"use_cpu": not torch.accelerator.is_available()} | run.trainer
     try:
-        return TrainingArguments(output_dir=str(out), seed=run.seed, **given)
+        args = TrainingArguments(output_dir=str(out), seed=run.seed, **given)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(
             f"`trainer` of the run is refused: got {' '.join(str(error).split())}"
         ) from error
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != args.world_size:
+        raise ValueError(
+            f"the processes of {out} do not work together: got {started} that were started and "
+            f"{args.world_size} on {args.device.type} in a group; type `trainer.use_cpu=true`, or start one"
+        )
+    args._n_gpu = min(1, args.n_gpu)
+    return args
 
 
 @contextmanager
@@ -155,11 +168,15 @@ def train(run: Run, out: str | Path) -> Result:
     last = checkpoints(out)[-1] if checkpoints(out) else None
     state = transformers.TrainerState.load_from_json(last / "trainer_state.json") if last else None
     step = state.global_step if state else 0
-    _enough(prepared.train, trainer.get_total_train_batch_size(args))
+    sequences = trainer.get_total_train_batch_size(args)
+    _same_batch(sequences, args, out)
+    _enough(prepared.train, sequences)
+    trainer.accelerator.wait_for_everyone()  # all have read what is now written
     if args.should_save:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
         if not (out / "run.yaml").is_file():
             versions = _versions() | {"digest": prepared.digest, "data": prepared.versions}
+            versions["sequences_per_step"] = sequences
             _write(out / "versions.json", json.dumps(versions, indent=2))
             _write(out / "run.yaml", run.to_yaml())
     context = len(prepared.train[0]["input_ids"])
@@ -227,6 +244,7 @@ def evaluate(out: str | Path) -> dict[str, float]:
     """
     out = _trained(out, "result.json")
     run = Run.read(out / "run.yaml")
+    run = replace(run, trainer={k: v for k, v in run.trainer.items() if k not in _ENGINES})
     model = AutoModelForCausalLM.from_pretrained(out)
     trainer, _ = _trainer(run, out, model)
     found = trainer.evaluate()
@@ -304,6 +322,25 @@ def _same_data(prepared, out: Path) -> None:
             f"the data of {out} have changed since it began: got digest {prepared.digest} and not "
             f"{versions['digest']}; install the versions in {out / 'versions.json'}, or name another folder"
         )
+
+
+def _same_batch(sequences: int, args: TrainingArguments, out: Path) -> None:
+    """Refuse to go on with other steps than the run began with."""
+    if not (out / "versions.json").is_file():
+        return
+    began = json.loads((out / "versions.json").read_text("utf-8")).get("sequences_per_step")
+    if began in (None, sequences):
+        return
+    each, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    share, rest = divmod(began, args.world_size)
+    advice = (
+        f"type `trainer.gradient_accumulation_steps=1 trainer.per_device_train_batch_size={share}`"
+    )
+    advice = "start it with another number of processes" if rest else advice
+    raise ValueError(
+        f"a training step of {out} takes {began} sequences: got {each} a device x {times} accumulated "
+        f"x {args.world_size} processes = {sequences}; {advice}"
+    )
 
 
 def _enough(windows, sequences: int) -> None:

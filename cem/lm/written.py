@@ -135,7 +135,10 @@ class Written:
 
     def _value(self, name: str) -> str:
         """A parameter or learned scalar, as the programs read it."""
-        return f"self.log_{name}.exp()" if hasattr(self.layer, f"log_{name}") else f"self.{name}"
+        if hasattr(self.layer, f"log_{name}"):
+            return f"self.log_{name}[0].exp()"
+        learned = name in (scalar.name for scalar in self.layer.energy_function.scalars)
+        return f"self.{name}[0]" if learned else f"self.{name}"
 
     def _method(
         self, name: str, said: str, graph: fx.Graph, written: Mapping[str, str]
@@ -197,7 +200,7 @@ class Written:
             lines.append(f"self.{parameter.name} = nn.Parameter({drawn})")
         for scalar in (s for s in energy.scalars if s not in layer._fixed):
             name = f"log_{scalar.name}" if scalar.is_positive else scalar.name
-            lines.append(f"self.{name} = nn.Parameter(torch.zeros(()))")
+            lines.append(f"self.{name} = nn.Parameter(torch.zeros(1))")
         if type(layer.norm) is not nn.Identity:
             lines.append(f"self.norm = nn.{_norm(layer.norm)}")
         for name, module in (("update", layer.update), ("preconditioner", layer.preconditioner)):
@@ -307,8 +310,7 @@ def _start(key: str, tensor: Tensor) -> str:
     if key == "L":
         return f"torch.eye({tensor.shape[-1]}).repeat({tensor.shape[0]}, 1, 1)"
     if key == "d":
-        shape = f"({tensor.shape[0]},)" if tensor.dim() else "()"
-        return f"torch.full({shape}, {math.log(math.expm1(1)):.4f})"
+        return f"torch.full(({tensor.shape[0]},), {math.log(math.expm1(1)):.4f})"
     if key in ("U", "V"):
         return f"torch.randn({shape}) / {tensor.shape[0]}**0.5"
-    return f"torch.ones({shape or '()'})"
+    return f"torch.ones({shape})"
