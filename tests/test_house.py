@@ -62,6 +62,8 @@ OPTIONAL = {
     "cem.lm.data": "transformers",
     "cem.lm.pictures": "transformers",
     "cem.lm.run": "transformers",
+    "cem.lm.sizing": "transformers",
+    "cem.lm.sweep": "transformers",
     "cem.lm.tokenizer": "transformers",
     "cem.lm.trainer": "transformers",
     "cem.lm.training": "transformers",
