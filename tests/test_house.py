@@ -58,7 +58,9 @@ HEAVY = ("matplotlib", "tqdm", "transformers", "typer")
 # Modules that need an extra: their doctests are skipped where it is not installed.
 OPTIONAL = {
     "cem.hf": "transformers",
+    "cem.lm.apart": "transformers",
     "cem.lm.callbacks": "transformers",
+    "cem.lm.comparison": "transformers",
     "cem.lm.data": "transformers",
     "cem.lm.pictures": "transformers",
     "cem.lm.run": "transformers",

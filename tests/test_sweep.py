@@ -18,9 +18,10 @@ pytest.importorskip("transformers")
 from filelock import FileLock
 
 from cem.lm import Sweep, sizing, training
+from cem.lm.apart import train_apart
 from cem.lm.presets import preset
 from cem.lm.run import Run, set_value
-from cem.lm.sweep import Trial, train_apart
+from cem.lm.sweep import Trial
 from cem.lm.tokenizer import byte_tokenizer
 from cem.lm.training import configure
 
@@ -330,7 +331,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path):
 
 
 def test_a_process_that_is_killed_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr("cem.lm.sweep._COMMAND", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("cem.lm.apart._COMMAND", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(RuntimeError, match="the process that trained it ended with exit code -9"):
         train_apart(Run(), tmp_path)
 
@@ -339,10 +340,10 @@ def test_a_process_that_is_killed_is_a_failure(tmp_path, monkeypatch):
 def test_a_process_ends_with_its_parent(tmp_path):
     """The child would sleep for minutes; it ends because the pipe of its killed parent closes."""
     code = (
-        "import sys, cem.lm.sweep as sweep\n"
-        "sweep._COMMAND = 'import os, pathlib, time; from cem.lm import sweep; sweep._received();'"
+        "import sys, cem.lm.apart as apart\n"
+        "apart._COMMAND = 'import os, pathlib, time; from cem.lm import apart; apart._received();'"
         "f'pathlib.Path({sys.argv[1]!r}).write_text(str(os.getpid())); time.sleep(300)'\n"
-        "sweep.train_apart(sweep.Run(), sys.argv[1] + '.out')"
+        "apart.train_apart(apart.Run(), sys.argv[1] + '.out')"
     )
     file = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=ROOT)

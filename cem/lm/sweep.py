@@ -9,13 +9,8 @@ import csv
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -24,9 +19,9 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
+from .apart import record_failure, train_apart, write
 from .run import Run, parsed, read_yaml, refuse_unknown, set_value
 
-ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = (
     "loss bits_per_byte parameters flops_per_token steps tokens tokens_per_second mfu peak_memory "
     "seconds device digest"
@@ -309,63 +304,6 @@ class Sweep:
                     )
 
 
-def train_apart(run: Run, out: str | Path) -> None:
-    """:func:`cem.lm.train` in a process of its own, which ends when this one does.
-
-    So the peak memory of a run is its own, and a run that is killed, for its memory say, is a
-    failed run and not the end of the sweep.
-
-    Raises:
-        RuntimeError: the process left neither a result nor a reason.
-    """
-    out = Path(out)
-    command = [sys.executable, "-c", _COMMAND, str(out)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
-        process.stdin.write(run.to_yaml().encode() + b"\0")
-        process.stdin.flush()
-        code = process.wait()
-    if not any((out / name).is_file() for name in ("result.json", "failed.json")):
-        raise RuntimeError(f"the process that trained it ended with exit code {code}")
-
-
-_COMMAND = "from cem.lm.sweep import _child; _child()"
-
-
-def _child() -> None:
-    from .training import train
-
-    run, out = _received(), Path(sys.argv[1])
-    record_failure(lambda: train(run, out), out)
-
-
-def _received() -> Run:
-    """The run that is written to the standard input; when that is closed, the process ends."""
-    text = bytearray()
-    while (byte := os.read(0, 1)) not in (b"\0", b""):
-        text += byte
-
-    def end_with_the_parent():
-        os.read(0, 1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-    return Run.from_yaml(text.decode())
-
-
-def record_failure(action: Callable[[], object], folder: Path) -> None:
-    """Do something; an exception becomes ``failed.json`` in the folder, and its traceback is printed."""
-    try:
-        action()
-    except Exception as error:
-        diverged = isinstance(error, FloatingPointError)
-        reason = " ".join(f"{'' if diverged else f'{type(error).__name__}: '}{error}".split())
-        print(reason, file=sys.stderr) if diverged else traceback.print_exc()
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "failed.json", json.dumps({"reason": reason, "diverged": diverged}))
-
-
 def _row(trial: Trial, folder: Path) -> dict | None:
     """What a run came to; None if it has not ended."""
     row = {"name": trial.name, "side": trial.side, **trial.values, "seed": trial.seed}
@@ -411,13 +349,6 @@ def write_table(sweep: Sweep, out: Path) -> None:
         partial = out / ".runs.parquet.partial"
         parquet.write_table(pyarrow.table(columns), partial)
         partial.replace(out / "runs.parquet")
-
-
-def write(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)
 
 
 def _change(said: dict, changes: Mapping) -> None:
