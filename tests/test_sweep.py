@@ -1,24 +1,28 @@
 """Sweeps: which runs, in which order, by several processes at once, and what comes out."""
 
 import csv
+import itertools
 import json
 import math
-import os
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 from filelock import FileLock
 
-from cem.lm import Sweep, sizing, training
+from benchmarks.parity import __main__ as parity
+from cem import cli
+from cem.lm import Sweep, comparison, pictures, sizing, training
 from cem.lm.apart import train_apart
+from cem.lm.callbacks import read_records
+from cem.lm.comparison import bootstrap
 from cem.lm.presets import preset
 from cem.lm.run import Run, set_value
 from cem.lm.sweep import Trial
@@ -247,51 +251,50 @@ def test_a_folder_holds_one_sweep(tmp_path):
 
 # Several processes, and those that are killed
 
-WORKER = """
-import json, sys, time
-from pathlib import Path
-from cem.lm import Sweep
-out, slow, sides, vary, result, count = Path(sys.argv[1]), float(sys.argv[2]), *map(json.loads, sys.argv[3:]), 0
-def train(run, folder):
-    global count
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "begun").open("a") as file:
-        file.write("x")
-    time.sleep(slow)
-    count += 1
-    (folder / "result.json").write_text(json.dumps(result))
-Sweep(sides=sides, vary=vary, seeds=[1]).run(out, train=train, wait=0.05)
-print(count)
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def worker(out, slow):
-    said = map(json.dumps, (SIDES, RATES, RESULT))
-    command = [sys.executable, "-c", WORKER, str(out), str(slow), *said]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def worker(out, slow, counts):
+    """A process that sweeps, every run for so long; it counts the runs that it trained."""
+
+    def train(run, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "begun").open("a") as file:
+            file.write("x")
+        time.sleep(slow)
+        fake(run, folder)
+
+    def work():
+        Sweep(sides=SIDES, vary=RATES, seeds=[1]).run(out, train=train, wait=0.05)
+        counts.put(len(fake.runs))
+
+    fake = Fake()
+    process = FORK.Process(target=work)
+    process.start()
+    return process
 
 
 def begun(out):
     return {path.parent.name: len(path.read_text()) for path in out.glob("*/begun")}
 
 
-@pytest.mark.slow
 def test_two_processes_share_a_sweep_and_a_killed_one_is_taken_up(tmp_path):
-    killed = worker(tmp_path, 100)
+    counts = FORK.SimpleQueue()
+    killed = worker(tmp_path, 100, counts)
     while not begun(tmp_path):
-        assert killed.poll() is None
+        assert killed.is_alive()
         time.sleep(0.05)
     [first] = begun(tmp_path)
-    both = [worker(tmp_path, 0.3) for _ in range(2)]
-    while len(begun(tmp_path)) < 2:
+    both = [worker(tmp_path, 0.3, counts) for _ in range(2)]
+    while len(begun(tmp_path)) < 3:
         time.sleep(0.05)
     assert begun(tmp_path)[first] == 1, "the others leave it what it has"
-    killed.send_signal(signal.SIGKILL)
-    counts = [int(process.communicate()[0].splitlines()[-1]) for process in both]
-    killed.communicate()
-    assert sum(counts) == 6 and min(counts) > 0
-    assert sorted(begun(tmp_path).values()) == [1, 1, 1, 1, 1, 2]
-    assert begun(tmp_path)[first] == 2
+    killed.kill()
+    for process in (killed, *both):
+        process.join()
+    found = [counts.get(), counts.get()]
+    assert sum(found) == 6 and min(found) > 0
+    assert sorted(begun(tmp_path).values()) == [1, 1, 1, 1, 1, 2] and begun(tmp_path)[first] == 2
 
 
 def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
@@ -337,40 +340,30 @@ def test_a_process_that_is_killed_is_a_failure(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_process_ends_with_its_parent(tmp_path):
+def test_a_process_ends_with_its_parent(tmp_path, monkeypatch):
     """The child would sleep for minutes; it ends because the pipe of its killed parent closes."""
-    code = (
-        "import sys, cem.lm.apart as apart\n"
-        "apart._COMMAND = 'import os, pathlib, time; from cem.lm import apart; apart._received();'"
-        "f'pathlib.Path({sys.argv[1]!r}).write_text(str(os.getpid())); time.sleep(300)'\n"
-        "apart.train_apart(apart.Run(), sys.argv[1] + '.out')"
-    )
-    file = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=ROOT)
-    while not (file.is_file() and file.read_text()):
-        assert parent.poll() is None
+    file, end = tmp_path / "begun", tmp_path / "end"
+    code = f"""
+import os, pathlib, time
+from cem.lm import apart
+leave = os._exit
+os._exit = lambda code: (pathlib.Path({str(end)!r}).touch(), leave(code))
+apart._received()
+pathlib.Path({str(file)!r}).touch()
+time.sleep(300)
+"""
+    monkeypatch.setattr("cem.lm.apart._COMMAND", code)
+    parent = FORK.Process(target=train_apart, args=(Run(), tmp_path / "out"))
+    parent.start()
+    while not file.is_file():
+        assert parent.is_alive()
         time.sleep(0.05)
-    child = int(file.read_text())
     parent.kill()
-    parent.wait()
-    for _ in range(200):
-        try:
-            state = Path(f"/proc/{child}/stat").read_text().split()[2]
-        except OSError:
-            state = "gone" if Path("/proc/self").exists() else _state(child)
-        if state in ("gone", "Z"):
-            return
+    parent.join()
+    until = time.monotonic() + 60
+    while not end.is_file() and time.monotonic() < until:
         time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError("the child went on")
-
-
-def _state(pid):
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return "gone"
-    return "R"
+    assert end.is_file()
 
 
 def test_a_diverged_training_ends_at_once(tmp_path):
@@ -403,8 +396,13 @@ def test_sides_are_made_equal(tmp_path, kind):
     assert llama.model == "llama-tiny" and cem.model["block"][1]["hidden"] != 352
     ratio = sizing.count(cem.model, data, kind) / sizing.count(llama.model, data, kind)
     assert ratio == pytest.approx(1, abs=0.01)
+
+
+def test_sides_that_cannot_be_made_equal(tmp_path):
+    sides = {"llama": {"model": "llama-tiny"}, "cem": {"model": "half-tiny"}}
+    sweep = Sweep(base={"data": tiny_run(tmp_path).data}, sides=sides, fixed="parameters")
     with pytest.raises(ValueError, match="side `cem`: a side does not have the .* times as many;"):
-        replace(sweep, scale=None).run_of(sweep.trials({})[1])
+        sweep.run_of(sweep.trials({})[1])
     with pytest.raises(ValueError, match="side `cem`: no part of the model says a size `hiden`"):
         replace(sweep, scale="hiden").run_of(sweep.trials({})[1])
     with pytest.raises(ValueError, match="`num_hidden_layers` cannot make the .* equal within 1%"):
@@ -424,3 +422,133 @@ def test_where_a_size_stands():
     config.layers = [config.block, config.block]
     assert sizing.places(config, "heads") == ["layers.0.0.heads", "layers.1.0.heads"]
     assert sizing.resized("tiny", config, "heads", 3)["layers"][1][0]["heads"] == 3
+
+
+# What came out
+
+
+def test_the_bootstrap_of_known_numbers():
+    """Of n = 3 values all 27 resamples count; of many the interval is that of the normal."""
+    found = bootstrap([0.0, 3.0, 9.0])
+    means = sorted(sum(c) / 3 for c in itertools.product([0.0, 3.0, 9.0], repeat=3))
+    assert found.mean == 4.0 and (found.low, found.high) == pytest.approx(
+        (means[0] + 0.65 * (means[1] - means[0]), means[25] + 0.35 * (means[26] - means[25])),
+        abs=1e-12,
+    )
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
+    error = 1.96 * values.std(correction=0).item() / 20
+    many = bootstrap(values.tolist())
+    assert many == bootstrap(values.tolist())
+    # the quantiles of 10,000 resamples are off by a few per cent
+    assert many.high - many.mean == pytest.approx(error, rel=0.08)
+    assert many.mean - many.low == pytest.approx(error, rel=0.08)
+    assert math.isnan(bootstrap([1.0]).low) and bootstrap([1.0]).text(2) == "1.00"
+
+
+def swept(out, **changes):
+    def loss(run):
+        rate = run.trainer["learning_rate"]
+        if rate == 0.004 and run.model == "tiny":
+            raise FloatingPointError("training diverged")
+        return 2 + 0.1 * run.seed + 10 * rate + (0.05 + 0.01 * run.seed) * (run.model == "tiny")
+
+    sweep = Sweep(**{"sides": SIDES, "vary": RATES, "seeds": [1, 2, 3], "select": "loss"} | changes)
+    return sweep, sweep.run(out, train=Fake(loss))
+
+
+def test_the_difference_is_taken_seed_by_seed(tmp_path):
+    sweep, rows = swept(tmp_path)
+    llama, cem = comparison.groups(sweep, rows)
+    assert (llama.label, cem.label) == ("llama, learning_rate 0.001", "cem, learning_rate 0.001")
+    assert llama.interval().mean == pytest.approx(2.21, abs=1e-12)
+    difference = cem.difference(llama)
+    assert difference.mean == pytest.approx(0.07, abs=1e-12)
+    assert 0.06 <= difference.low < 0.0625 and 0.0775 < difference.high <= 0.08
+    del llama.rows[2]
+    assert cem.difference(llama).mean == pytest.approx(0.07, abs=1e-12)
+
+
+def test_the_report_says_what_was_compared_selected_and_lost(tmp_path):
+    sweep, rows = swept(tmp_path)
+    said = comparison.compare(sweep, rows, tmp_path)
+    for piece in (
+        "+0.0700 [+0.06",
+        "difference to llama",
+        "2.2100 [2.1",
+        "1,500",
+        "6.00k",
+        "1 MiB",
+    ):
+        assert piece in said
+    [chosen] = [line.split() for line in said.splitlines() if line.endswith(" diverged")]
+    assert chosen == ["cem", "2.1700", "*", "2.1800", "diverged"]
+    assert "cem,learning_rate=0.004,seed=1: training diverged" in said
+    assert "cpu, torch 2; data abc" in said
+    for name in ("pareto", "curves"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    page = comparison.text(sweep, rows, markdown=True)
+    assert "| cem, learning_rate 0.001 | 3 | 2.2800 [" in page and "| --- | ---: |" in page
+
+
+def test_a_grid_is_compared_value_by_value(tmp_path):
+    sweep, rows = swept(tmp_path, select=None, seeds=[1])
+    titles, lines = comparison.table(sweep, rows)
+    assert [line[0] for line in lines[:2]] == [
+        "llama, learning_rate 0.001",
+        "cem, learning_rate 0.001",
+    ]
+    column = titles.index("difference to llama")
+    assert [line[column] for line in lines] == ["", "+0.0600", "", "+0.0600", "", ""]
+    assert lines[-1][1] == "0, 1 failed"
+
+
+def test_a_report_of_a_sweep_that_has_only_begun(tmp_path):
+    sweep = Sweep(sides=SIDES, select="loss", vary=RATES)
+    assert "loss at seed 0" in comparison.compare(sweep, {}, tmp_path)
+
+
+def test_pictures_of_what_was_compared(tmp_path):
+    sweep, rows = swept(tmp_path, select=None)
+    found = [group for group in comparison.groups(sweep, rows) if group.rows]
+    lines = {name: read_records(tmp_path / name / "metrics.jsonl") for name in rows}
+    figure = pictures.pareto(found)
+    assert [ax.get_xlabel() for ax in figure.axes] == [
+        "parameters",
+        "training FLOPs a token",
+        "measured time a token",
+    ]
+    front = figure.axes[0].lines[-1]
+    assert front.get_xdata().tolist() == pytest.approx([1000]), "the smaller model is better too"
+    ax = pictures.curves(found, lines)
+    assert ax.get_ylabel().startswith("held-out loss") and len(ax.lines) == len(found)
+    assert ax.lines[0].get_xdata().tolist() == [128, 384]
+    for records in lines.values():
+        records[:] = [line for line in records if "held_out_loss" not in line or line["step"] == 6]
+    ax = pictures.curves(found, lines)
+    assert ax.get_ylabel().startswith("training loss") and len(ax.lines) == 2 * len(found)
+
+
+def test_the_command_reports(tmp_path, monkeypatch, capsys):
+    swept(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cem", "sweep", "--report", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code and "difference to llama" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["cem", "sweep"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and "got neither; type `cem sweep SWEEP.yaml`" in said
+
+
+def test_results_are_published_between_the_markers(tmp_path):
+    sweep, _ = swept(tmp_path / "runs")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{parity.BEGIN}old{parity.END}\nafter\n")
+    for name in ("one", "two"):
+        parity.publish(name, sweep, tmp_path / "runs", results, readme)
+    page = readme.read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.count("### one") == page.count("### two") == 1
+    assert "10 runs have ended, of 10" in page and (results / "two-pareto.png").is_file()
+    assert (results / "one.csv").read_text() == (tmp_path / "runs" / "runs.csv").read_text()

@@ -110,8 +110,10 @@ def sweep(
         said = Sweep.read(report or file, changes or ())
         out = report or out or Path("runs") / file.stem
         rows = said.rows(out) if report else said.run(out)
-    failed = sum(bool(row["reason"]) for row in rows.values())
-    print(f"{len(rows)} runs have ended, {failed} of them failed; see {out / 'runs.csv'}")
+        from cem.lm.comparison import compare
+
+        print(compare(said, rows, out))
+    print(f"see {out}")
 
 
 @contextmanager
