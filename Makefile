@@ -59,10 +59,16 @@ bench-gpu: $(GPU_BENCH)  ## the same on a GPU in float32, in bfloat16 and compil
 	$(GPU_PYTHON) -m benchmarks.layers --device cuda --dtype bfloat16 --compile --only speed \
 		--out $(RESULTS)/cuda-bfloat16-compiled.json --readme $(ARGS)
 
+parity: $(VENV)/.test  ## train energy models beside Llama on a CPU; goes on where it was stopped
+	$(BIN)/python -m benchmarks.parity cpu $(ARGS)
+
+parity-gpu: $(GPU_TEST)  ## the same with 25 and 124 million parameters on a GPU
+	$(GPU_PYTHON) -m benchmarks.parity gpu-25m gpu-124m $(ARGS)
+
 lint: $(VENV)/.dev  ## set up and run the static checks
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
 
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 
-.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu lint clean
+.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu parity parity-gpu lint clean

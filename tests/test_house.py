@@ -58,10 +58,14 @@ HEAVY = ("matplotlib", "tqdm", "transformers", "typer")
 # Modules that need an extra: their doctests are skipped where it is not installed.
 OPTIONAL = {
     "cem.hf": "transformers",
+    "cem.lm.apart": "transformers",
     "cem.lm.callbacks": "transformers",
+    "cem.lm.comparison": "transformers",
     "cem.lm.data": "transformers",
     "cem.lm.pictures": "transformers",
     "cem.lm.run": "transformers",
+    "cem.lm.sizing": "transformers",
+    "cem.lm.sweep": "transformers",
     "cem.lm.tokenizer": "transformers",
     "cem.lm.trainer": "transformers",
     "cem.lm.training": "transformers",

@@ -1,4 +1,5 @@
-"""The command line: energies (``demo``, ``derive``, ``plot``) and models (``train``, ``eval``, ``sample``).
+"""The command line: energies (``demo``, ``derive``, ``plot``) and models (``train``, ``eval``,
+``sample``, ``sweep``).
 
 Heavy imports stand inside the commands, so that help and mistakes are answered at once.
 """

@@ -1,4 +1,4 @@
-"""``cem train``, ``cem eval``, ``cem sample``: language models."""
+"""``cem train``, ``cem eval``, ``cem sample``, ``cem sweep``: language models."""
 
 import importlib.util
 import os
@@ -79,6 +79,46 @@ def sample(
     print(text)
 
 
+@app.command()
+def sweep(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sides, grid and seeds.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="Of every run: trainer.max_steps=20."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; by default runs/ and the file's name.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Only compare what a sweep has trained.")
+    ] = None,
+) -> None:
+    """Train and compare several models, over a grid and with seeds.
+
+    Typed again it goes on where it was interrupted; typed twice at once, both work on it. Then,
+    and with --report alone, it prints a table and draws pareto.png and curves.png.
+    """
+    if (file is None) == (report is None):
+        raise UserError(
+            "a sweep is trained from a file or reported from a folder: got "
+            f"{'neither' if file is None else 'both'}; type `cem sweep SWEEP.yaml` or "
+            "`cem sweep --report DIR`"
+        )
+    prepare(1)
+    with _answered():
+        from cem.lm.sweep import Sweep
+
+        said = Sweep.read(report or file, changes or ())
+        out = report or out or Path("runs") / file.stem
+        rows = said.rows(out) if report else said.run(out)
+        from cem.lm.comparison import compare
+
+        print(compare(said, rows, out))
+    print(f"see {out}")
+
+
 @contextmanager
 def _answered() -> Iterator[None]:
     """Mistakes of the person who typed the command end in one sentence."""
@@ -92,5 +132,5 @@ def _answered() -> Iterator[None]:
         )
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FloatingPointError) as error:
         raise UserError(sentence(error)) from error

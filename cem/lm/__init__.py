@@ -15,6 +15,7 @@ from cem.lm.windows import joined as joined
 _LAZY = {
     "Result": "training",
     "Run": "run",
+    "Sweep": "sweep",
     "evaluate": "training",
     "sample": "training",
     "train": "training",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,17 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and ("loss" in found or "held_out_loss" in found):
             counts = {"tokens": state.num_input_tokens_seen, "seconds": self.clock.seconds}
             self.records.write({"step": state.global_step, **found, **counts})
+
+
+class Finite(TrainerCallback):
+    """Ends a training whose loss is not a number any more: it would stay so."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"training diverged: got the loss {logs['loss']} at step {state.global_step}; "
+                f"type `trainer.learning_rate={args.learning_rate / 2:g}`, or more warmup_steps"
+            )
 
 
 class Progress(TrainerCallback):

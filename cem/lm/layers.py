@@ -36,12 +36,15 @@ OPTIONS = (
 
 
 def energy_of(description: Mapping[str, Any], where: str) -> cem.Energy:
-    """The energy that a description names, from the gallery or from its own JSON.
+    """The energy that a description names, from the gallery or from its own JSON; of a list, their sum.
 
     Raises:
         ValueError: no energy of the gallery has that name.
     """
     named = description["energy"]
+    if isinstance(named, list) and named:
+        energies = [energy_of({"energy": one}, where) for one in named]
+        return sum(energies[1:], energies[0])
     if isinstance(named, Mapping):
         return cem.Energy.from_json(json.dumps(named))
     found = getattr(cem.energies, named, None) if isinstance(named, str) else None
@@ -56,7 +59,8 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
 
     A description is a mapping with the keys
 
-    - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives;
+    - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives; or a list of
+      such, whose sum is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
     - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
       ``rank`` and ``hidden`` that are missing are those of Llama, see :func:`usual_sizes`;
     - ``norm``: ``"RMSNorm"`` (the default, without a gain), ``"LayerNorm"`` or None, or a mapping from such a name
@@ -79,6 +83,9 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
 
     >>> derived({"energy": "interaction", "heads": 2, "rank": 4}, 8, 1e-6).lowering.kernels
     ('matmul', 'sdpa')
+    >>> parallel = derived({"energy": ["rotary_interaction", "gated_silu"], "heads": 2, "rank": 4}, 8, 1e-6)
+    >>> sorted(str(parameter.name) for parameter in parallel.energy_function.parameters)
+    ['G', 'K', 'Q', 'U']
     >>> derived({"energy": "interactoin"}, 8, 1e-6)
     Traceback (most recent call last):
         ...

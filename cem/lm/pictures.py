@@ -92,3 +92,173 @@ def save(out: str | Path) -> None:
             target = "loss" if name == "metrics" else name
             figure.savefig(Path(out) / f"{target}.png", dpi=150)
             matplotlib.pyplot.close(figure)
+
+
+def _side_styles(groups) -> dict[str, dict]:
+    """A colour for each side, and a mark where the colours begin again."""
+    sides = list(dict.fromkeys(group.side for group in groups))
+    shades = [color for color in plot._COLORS if color != "#F0E442"] + [plot._UPHILL]
+    return {
+        side: {"color": shades[i % len(shades)], "marker": "osD^v"[i // len(shades) % 5]}
+        for i, side in enumerate(sides)
+    }
+
+
+def front(points) -> list[tuple[float, float]]:
+    """The points (x, y) that no other is below or beside to the left of, from left to right.
+
+    >>> front([(3, 1), (1, 3), (2, 4), (2, 2)])
+    [(1, 3), (2, 2), (3, 1)]
+    """
+    kept = []
+    for x, y in sorted(points):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
+
+
+@matplotlib.rc_context(plot._STYLE)
+def pareto(groups):
+    """Draws held-out loss against parameters, training FLOPs a token, and measured time a token.
+
+    A large mark is the mean over the seeds of a side (at the same values) with its bootstrap 95 %
+    interval, small dots are the seeds, and the grey line joins the means that no other mean beats
+    in both.
+
+    Args:
+        groups: see :func:`cem.lm.comparison.groups`.
+
+    Returns:
+        the figure.
+    """
+    figure, axes = matplotlib.pyplot.subplots(
+        1, 3, figsize=(9.6, 3.3), sharey=True, layout="constrained"
+    )
+    styles = _side_styles(groups)
+    panels = (
+        ("parameters", lambda row: row["parameters"], ""),
+        ("training FLOPs a token", lambda row: row["flops_per_token"], ""),
+        ("measured time a token", lambda row: 1 / row["tokens_per_second"], "s"),
+    )
+    for ax, (title, cost, unit) in zip(axes, panels, strict=True):
+        plot._axes(ax, 0, 0)
+        means = []
+        for group in groups:
+            style, rows = styles[group.side], list(group.rows.values())
+            x = float(np.exp(np.mean([np.log(cost(row)) for row in rows])))
+            loss = group.interval()
+            means.append((x, loss.mean))
+            ax.plot(
+                [cost(row) for row in rows],
+                [row["loss"] for row in rows],
+                ".",
+                color=style["color"],
+                alpha=0.45,
+                markersize=4,
+                markeredgewidth=0,
+                zorder=3,
+            )
+            ax.vlines(x, loss.low, loss.high, color=style["color"], lw=1.2, zorder=4)
+            ax.plot(
+                x,
+                loss.mean,
+                linestyle="",
+                markersize=6.5,
+                markeredgecolor="white",
+                markeredgewidth=0.7,
+                label=group.side,
+                zorder=5,
+                **style,
+            )
+        ax.plot(*zip(*front(means), strict=True), color="0.7", lw=1.0, zorder=1)
+        ax.set_xscale("log")
+        ax.set_xlabel(title)
+        _few_ticks(ax, unit)
+        ax.grid(axis="y", color="0.92", linewidth=0.6)
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel("held-out loss, nats per token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    shown = dict(zip(reversed(labels), reversed(handles), strict=True))
+    shown = {side: shown[side] for side in styles}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center")
+    return figure
+
+
+def _few_ticks(ax, unit: str) -> None:
+    """Three to five round numbers on a logarithmic axis, however little it spans."""
+    low, high = ax.get_xlim()
+    if high / low < 1.05:
+        middle = (low * high) ** 0.5
+        low, high = middle / 1.05, middle * 1.05
+        ax.set_xlim(low, high)
+    if high / low < 30:
+        ticks = matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ax.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
+        ax.set_xlim(low, high)
+    ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(unit, sep="\N{THIN SPACE}"))
+
+
+@matplotlib.rc_context(plot._STYLE)
+def curves(groups, lines, *, ax=None):
+    """Draws the held-out loss of each side over the tokens trained on: the mean and the range of the seeds.
+
+    Where runs were evaluated at the end only, the lines are the training loss, in a dozen means each,
+    and the mark at the end is the held-out loss. The first fifth is cut off where it is higher.
+
+    Args:
+        groups: see :func:`cem.lm.comparison.groups`.
+        lines: of metrics.jsonl, by the names of the runs.
+    """
+    ax = plot._axes(ax, 5.4, 3.2)
+    styles = _side_styles(groups)
+    evaluated = all(
+        sum("held_out_loss" in line for line in lines[row["name"]]) > 1
+        for group in groups
+        for row in group.rows.values()
+    )
+    name, shown, tops = ("held_out_loss" if evaluated else "loss"), {}, []
+    for group in groups:
+        style = styles[group.side]
+        seeds = [_points(lines[row["name"]], name) for row in group.rows.values()]
+        tokens = sorted(set.intersection(*(set(points) for points in seeds)))
+        if not tokens:
+            continue
+        values = np.array([[points[count] for count in tokens] for points in seeds])  # (seeds, P)
+        if not evaluated:
+            tokens, values = _thinned(tokens, values)
+        mean = values.mean(0)
+        tops.append(mean[len(mean) // 5])
+        ax.fill_between(
+            tokens, values.min(0), values.max(0), color=style["color"], alpha=0.15, lw=0
+        )
+        kind = "-" if style["marker"] == "o" else "--"
+        mark = style | ({"markersize": 3} if evaluated else {"marker": ""})
+        shown[group.side] = ax.plot(tokens, mean, kind, **mark)[0]
+        if not evaluated:
+            end = np.mean([row["tokens"] for row in group.rows.values()])
+            ax.plot(
+                end, group.mean("loss"), markersize=5, markeredgecolor="white", zorder=5, **style
+            )
+    if tops:  # the beginning, where all fall alike, would take most of the height
+        ax.set_ylim(top=max(tops))
+    ax.set_xlabel("tokens")
+    ax.set_ylabel(
+        "held-out loss, nats per token"
+        if evaluated
+        else "training loss (line), held-out (mark)\nnats per token"
+    )
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    ax.legend(shown.values(), shown.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def _points(lines, name: str) -> dict[int, float]:
+    return {line["tokens"]: line[name] for line in lines if name in line}
+
+
+def _thinned(tokens, values, count: int = 12):
+    """Means over consecutive logs, placed at the last token of each."""
+    parts = np.array_split(np.arange(len(tokens)), min(count, len(tokens)))
+    means = np.stack([values[:, part].mean(1) for part in parts], 1)
+    return [tokens[part[-1]] for part in parts], means

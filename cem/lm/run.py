@@ -142,14 +142,14 @@ class Run:
         >>> Run.from_yaml("seed: 3", ["trainer.learning_rate=3e-4"]).trainer["learning_rate"]
         0.0003
         """
-        said = _load(text, "a run")
+        said = read_yaml(text, "a run")
         said = {} if said is None else said
         if not isinstance(said, dict):
             raise ValueError(
                 f"a run is written `name: value`: got {said!r:.60}; type `model: tiny`"
             )
         for change in changes:
-            _change(said, change)
+            set_value(said, *parsed(change))
         refuse_unknown(said, [f.name for f in fields(cls)], "")
         return cls(**said)
 
@@ -215,7 +215,15 @@ _NUMBER = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.i
 _Loader.add_implicit_resolver(_OLDER[1], re.compile(_NUMBER), "-+.0123456789")
 
 
-def _load(text: str, where: str):
+def read_yaml(text: str, where: str):
+    """What a YAML 1.2 text says.
+
+    Raises:
+        ValueError: it is not YAML; the message begins with ``where``.
+
+    >>> read_yaml("{rate: 3e-4, answer: no}", "a run")
+    {'rate': 0.0003, 'answer': 'no'}
+    """
     try:
         return yaml.load(text, _Loader)  # derived from SafeLoader
     except yaml.YAMLError as error:
@@ -224,25 +232,48 @@ def _load(text: str, where: str):
         ) from None
 
 
-def _change(said: dict, change: str) -> None:
-    """Set one value, as ``a.b=value`` says."""
+def parsed(change: str) -> tuple[str, object]:
+    """The name and the value of a change, from ``a.b=value``."""
     name, equals, value = change.partition("=")
     if not equals or not all(name.split(".")):
         raise ValueError(
             f"a change of a run is written NAME=VALUE: got `{change}`; type `trainer.max_steps=20`"
         )
-    *parents, last = name.split(".")
-    place = said
-    for parent in parents:
-        inner = place.setdefault(parent, {})
-        if parent == "model" and isinstance(inner, str):
-            inner = place[parent] = {"preset": inner}
-        if not isinstance(inner, dict):
+    return name, read_yaml(value, f"the value of `{name}`")
+
+
+def set_value(said: dict, name: str, value) -> None:
+    """Set the value of a dotted name, in place; numbers count the parts of a list.
+
+    Raises:
+        ValueError: the name leads through a value that holds no others, or past the end of a list.
+
+    >>> said = {"model": "tiny", "parts": [{"steps": 1}]}
+    >>> set_value(said, "model.hidden_size", 64)
+    >>> set_value(said, "parts.0.steps", 2)
+    >>> said
+    {'model': {'preset': 'tiny', 'hidden_size': 64}, 'parts': [{'steps': 2}]}
+    """
+    place, keys = said, name.split(".")
+    for depth, key in enumerate(keys):
+        where = ".".join(keys[:depth])
+        if where == "model" and isinstance(place, str):
+            place = said["model"] = {"preset": place}
+        if isinstance(place, list):
+            if not key.isdecimal() or int(key) >= len(place):
+                raise ValueError(
+                    f"`{where}` in `{name}={value}` has {len(place)} parts, counted from 0: "
+                    f"got {key!r}; type `{where}.0`"
+                )
+            key = int(key)
+        elif not isinstance(place, dict):
             raise ValueError(
-                f"`{parent}` in `{change}` holds one value: got {inner!r}; type `{parent}=VALUE`"
+                f"`{where}` in `{name}={value}` holds one value: got {place!r}; type `{where}=VALUE`"
             )
-        place = inner
-    place[last] = _load(value, f"the value of `{name}`")
+        if depth == len(keys) - 1:
+            place[key] = value
+        else:
+            place = place[key] if isinstance(place, list) else place.setdefault(key, {})
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from .._version import __version__
 from . import pictures
-from .callbacks import Clock, Energies, Metrics, Progress, Records, has_energies
+from .callbacks import Clock, Energies, Finite, Metrics, Progress, Records, has_energies
 from .data import Data
 from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
 from .presets import preset
@@ -76,7 +77,12 @@ class Result:
 
 
 def build(model: str | dict, tokenizer) -> transformers.PreTrainedModel:
-    """A new model for a tokenizer, from the ``model`` of a :class:`Run`.
+    """A new model for a tokenizer, from the ``model`` of a :class:`Run`; raises as :func:`configure`."""
+    return AutoModelForCausalLM.from_config(configure(model, tokenizer))
+
+
+def configure(model: str | dict, tokenizer) -> transformers.PreTrainedConfig:
+    """The configuration of the model for a tokenizer that the ``model`` of a :class:`Run` says.
 
     Raises:
         ValueError: there is no such preset or kind of model, its configuration has no such name, or
@@ -105,7 +111,7 @@ def build(model: str | dict, tokenizer) -> transformers.PreTrainedModel:
             f"the vocabulary of the model is smaller than the tokenizer's: got {config.vocab_size} "
             f"and {len(tokenizer)}; leave out `model.vocab_size`"
         )
-    return AutoModelForCausalLM.from_config(config)
+    return config
 
 
 def arguments(run: Run, out: str | Path) -> TrainingArguments:
@@ -158,6 +164,7 @@ def train(run: Run, out: str | Path) -> Result:
 
     Raises:
         ValueError: ``out`` holds another run, or something in the run cannot be had.
+        FloatingPointError: the training loss is not a number.
     """
     out = Path(out)
     _same_run(run, out)
@@ -199,6 +206,7 @@ def train(run: Run, out: str | Path) -> Result:
         batch = transformers.default_data_collator([prepared.held_out[i] for i in range(count)])
         trainer.add_callback(Energies(records("energies.jsonl"), batch, run.trace_steps, clock))
     trainer.add_callback(Metrics(metrics, clock))
+    trainer.add_callback(Finite())
     trainer.add_callback(Progress(clock, utilisation))
 
     if state and state.global_step >= state.max_steps:  # only the result is missing
@@ -387,6 +395,9 @@ def _device(device: torch.device) -> str:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # getrusage may tell the peak of the parent process
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,1 @@
+"""Whole language models of energies against Llama; README.md is the protocol."""
