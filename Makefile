@@ -35,7 +35,7 @@ $(VENV)/.%: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 	@$(INSTALL) -e '.[$*]'
 	@touch $@
 
-demo: $(VENV)/.package  ## set up and run the demo
+demo: $(VENV)/.lm  ## set up and run the demo
 	$(BIN)/cem demo $(ARGS)
 
 test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones

@@ -73,11 +73,19 @@ def _summary(values, quantiles):
     return np.array([np.quantile(x if x.size else np.nan, (0.5, *quantiles)) for x in kept]).T
 
 
-def _labels(trace):
-    """Short names: the parts that all layers share in front go, long names lose their middle."""
-    names = [(layer.name or layer.energy_name).split(".") for layer in trace]
+def _names(trace):
+    return [layer.name or layer.energy_name for layer in trace]
+
+
+def _labels(names):
+    """Short names: the parts that all layers share go, long names lose their middle."""
+    names = [name.split(".") for name in names]
     shared = min(len(os.path.commonprefix(names)), min(map(len, names)) - 1)
-    short = [".".join(name[shared:]) for name in names]
+    names = [name[shared:] for name in names]
+    if len(set(map(len, names))) == 1:  # what stands between a number and a name
+        kept = [i for i, parts in enumerate(zip(*names, strict=True)) if len(set(parts)) > 1]
+        names = [[name[i] for i in kept or [-1]] for name in names]
+    short = [".".join(name) for name in names]
     return [name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}" for name in short]
 
 
@@ -150,7 +158,7 @@ def descent(trace, *, ax=None, quantiles=(0.1, 0.9)):
         ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.set_xlim(-0.8, starts[-1] - 0.2 - 0.8 * recursive)
     middles = starts[:-1] + [(len(drop) - 1) / 2 for drop in drops]
-    _ticks(ax, "x", middles, _labels(trace))
+    _ticks(ax, "x", middles, _labels(_names(trace)))
     what = "layers and their steps" if recursive else "layers"
     ax.set_xlabel(f"{what} in order of computation\ncontext: {trace.context}")
     ax.set_ylabel(f"energy drop per token\n{_spread(quantiles)}")
@@ -183,7 +191,9 @@ def curve(trace, *, ax=None, quantiles=(0.1, 0.9)):
     ax = _axes(ax, 3.9, 2.7)
     ax.axhline(0, color="0.2", linewidth=0.8, zorder=1)
     shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, count))
-    for i, (label, drop, color) in enumerate(zip(_labels(trace), drops, shades, strict=True)):
+    for i, (label, drop, color) in enumerate(
+        zip(_labels(_names(trace)), drops, shades, strict=True)
+    ):
         change = np.cumsum(np.concatenate([0 * drop[:1], -drop]), axis=0)  # (N + 1, B, T)
         median, low, high = _summary(change, quantiles)
         right = last * (1.05 + 0.15 * (i + 0.5) / count)
@@ -245,7 +255,7 @@ def tokens(trace, *, ax=None, batch=0, text=None):
     ax.spines[:].set_visible(False)
     extend = "both" if (sizes > limit).any() else "neither"
     _colorbar(ax, image, "energy drop per token", extend=extend, ticks=marks)
-    _ticks(ax, "y", (edges[:-1] + edges[1:]) / 2, _labels(trace))
+    _ticks(ax, "y", (edges[:-1] + edges[1:]) / 2, _labels(_names(trace)))
     if text is None:
         ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     else:

@@ -26,6 +26,14 @@ number = 3
 @cem.energy(h="dim", x="seq dim", W="dim dim")
 def pull(h, x, *, W, beta=1.0):
     return -torch.logsumexp(beta * x @ W @ h, dim=-1) / beta
+
+
+@cem.energy(h="dim")
+def loop(h):
+    total = 0.0
+    while total < 1:
+        total = total + h.square().sum() + 1
+    return total
 """
 
 
@@ -100,7 +108,10 @@ def test_plot_writes_a_picture(file, monkeypatch, capsys):
         (("derive", "{file}"), "written FILE.py:NAME or MODULE:NAME: got `my_energies.py`; type"),
         (("derive", "gone.py:a"), "there is no file gone.py"),
         (("derive", "gone.away:a"), "there is no module `gone`"),
-        (("derive", "{file}:other"), "my_energies.py has no `other`: it holds plain, pull; type"),
+        (
+            ("derive", "{file}:other"),
+            "my_energies.py has no `other`: it holds plain, pull, loop; type",
+        ),
         (
             ("derive", "{file}:number"),
             "`number` in my_energies.py must be an energy: got int 3; type",
@@ -117,7 +128,8 @@ def test_plot_writes_a_picture(file, monkeypatch, capsys):
             ("plot", "{file}:plain"),
             "energy `plain` needs its sizes: got none; type dim=16",
         ),
-        (("demo", "--text", "nowhere"), "`--text` needs a folder of Python files: got `nowhere`"),
+        (("demo", "--source", "nowhere"), "there is no text to learn from: got no readable"),
+        (("demo", "--energy", "{file}:loop"), "energy `loop` cannot be written as JSON: "),
     ],
 )
 def test_a_mistake_gets_one_sentence(file, refused, arguments, sentence):
@@ -155,8 +167,9 @@ def test_help_and_version_load_nothing_for_pictures():
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path, monkeypatch):
     """A folder with a little text, of which a part is held out."""
+    monkeypatch.setenv("CEM_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(60):
@@ -166,27 +179,26 @@ def text(tmp_path):
 
 def test_the_demo_runs_from_end_to_end(text, monkeypatch, capsys):
     monkeypatch.chdir(text.parent)
-    assert run(monkeypatch, "demo", "--seconds", "2", "--threads", "1", "--text", text) == 0
-    out, err = capsys.readouterr()
-    assert "uniform" in out and "tokens that fell" in out and "100%" in err
+    reports = []
+    for _ in range(2):
+        assert run(monkeypatch, "demo", "--steps", "20", "--seed", "5", "--source", text) == 0
+        lines = capsys.readouterr().out.splitlines()
+        reports.append([line for line in lines if " s on " not in line and "tokens/s" not in line])
+    assert reports[0] == reports[1]  # but for the time
+    out = "\n".join(reports[0])
+    assert "uniform" in out and "tokens that fell" in out
+    bits = [float(line.split()[-1]) for line in reports[0] if "of context  " in line]
+    bits += [float(line.split()[-1]) for line in reports[0] if "this model" in line]
+    assert len(bits) == 7 and max(bits) < 8
     made = sorted(path.name for path in Path("cem-demo").iterdir())
-    assert made == ["derivation.html", "descent.png", "tokens.png"]
+    assert made == ["derivation.html", "descent.png", "model", "tokens.png"]
     assert (Path("cem-demo") / "descent.png").read_bytes().startswith(b"\x89PNG")
     page = (Path("cem-demo") / "derivation.html").read_text("utf-8")
     assert page.count("<html") == 1 and "interaction: Energy" in page and "gated: Energy" in page
 
 
-def test_the_demo_repeats_with_a_seed(text, monkeypatch, capsys):
-    reports = []
-    for _ in range(2):
-        arguments = ("--steps", "3", "--seed", "5", "--threads", "1", "--text", text)
-        assert run(monkeypatch, "demo", *arguments, "--out", text.parent / "out") == 0
-        lines = capsys.readouterr().out.splitlines()
-        reports.append([line for line in lines if " s on " not in line])  # the time differs
-    assert reports[0] == reports[1]
-
-
 def test_the_demo_takes_other_energies(file, text, monkeypatch, capsys):
-    arguments = ("--steps", "2", "--threads", "1", "--text", text, "--energy", f"{file}:plain")
-    assert run(monkeypatch, "demo", *arguments) == 0
-    assert "plain" in capsys.readouterr().out
+    energies = ("--energy", f"{file}:plain", "--energy", f"{file}:pull", "--energy", f"{file}:pull")
+    assert run(monkeypatch, "demo", "--steps", "2", "--source", text, *energies) == 0
+    out = capsys.readouterr().out
+    assert "plain: fused, matmul" in out and "6 layers" in out

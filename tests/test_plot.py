@@ -112,6 +112,14 @@ def test_descent_labels():
     assert ax.get_yscale() == "linear"
 
 
+def test_what_all_names_share_is_not_in_a_label():
+    layers = make_trace()
+    names = [f"model.layers.{i}.parts.{layer.energy_name}" for i, layer in enumerate(layers)]
+    trace = Trace(replace(layer, name=n) for layer, n in zip(layers, names, strict=True))
+    labels = [text.get_text() for text in draw(plot.descent(trace)).get_xticklabels()]
+    assert labels == ["0.interaction", "1.gated", "2.interaction", "3.gated"]
+
+
 def test_descent_marks_uphill_steps():
     first, second, *rest = make_trace()
     uphill = replace(second, before=second.after, after=second.before)

@@ -620,15 +620,28 @@ def test_the_commands(command, tmp_path, monkeypatch):
     assert code == 0 and said.out.startswith("def ")
 
 
+def test_the_export_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(model={"preset": "tiny", "num_hidden_layers": 1}, trainer={"max_steps": 1})
+    cem.lm.train(run, "run")
+    code, said = command("export", "run", "alone")
+    assert code == 0 and said.out == "wrote alone\n" and said.err == ""
+    assert "class RotaryInteraction(nn.Module)" in Path("alone/modeling_cem.py").read_text("utf-8")
+    assert Path("alone/tokenizer.json").is_file()
+
+
 def test_the_commands_say_what_to_mend(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(tiny_run().to_yaml())
+    transformers.LlamaConfig().save_pretrained("llama")
     for arguments, message in (
         (("train", "none.yaml"), "cem: there is no run none.yaml"),
         (("train", "small.yaml", "trainer.use_cache=true"), "packed documents see each other"),
         (("train", "small.yaml", "trainer.max_step=2"), "type `trainer.max_steps`"),
         (("eval", "none"), "cem: there is no trained model in none"),
         (("sample", "none"), "cem: there is no trained model in none"),
+        (("export", "none", "alone"), "cem: there is no trained model in none"),
+        (("export", "llama", "alone"), "cem: llama holds no model of energy layers: got a llama,"),
     ):
         code, said = command(*arguments)
         assert code == 2 and message in said.err and said.err.count("\n") == 1

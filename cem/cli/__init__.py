@@ -1,5 +1,5 @@
 """The command line: energies (``demo``, ``derive``, ``plot``) and models (``train``, ``eval``,
-``sample``, ``sweep``).
+``sample``, ``export``, ``sweep``).
 
 Heavy imports stand inside the commands, so that help and mistakes are answered at once.
 """

@@ -1,7 +1,10 @@
 """The application of the command line, and what its commands share."""
 
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +59,23 @@ def prepare(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Mistakes of the person who typed a command about language models end in one sentence."""
+    missing = [
+        name for name in ("transformers", "accelerate") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise UserError(
+            f"language models need {' and '.join(missing)}: got an environment without; "
+            "type `pip install 'causal-energy-minimization[lm]'`"
+        )
+    try:
+        yield
+    except (ValueError, ImportError, FloatingPointError) as error:
+        raise UserError(sentence(error)) from error
 
 
 def sentence(error: Exception) -> str:

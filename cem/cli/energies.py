@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from .app import UserError, app, prepare, sentence, write
+from .app import UserError, answered, app, prepare, sentence, write
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_DEMO = ("gated_energy.py:gated", "attention_energy.py:interaction")
+_DEMO = ("attention_energy.py:interaction", "gated_energy.py:gated")
 
 EnergyArgument = Annotated[
     str,
@@ -31,29 +31,24 @@ SizesArgument = Annotated[
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(help="How long to train.", min=0.1)] = 60.0,
     steps: Annotated[
-        int | None,
-        typer.Option(help="Train for this many steps instead: repeatable to the bit.", min=1),
+        int | None, typer.Option(help="How long to train; by default about a minute.", min=1)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and the page.")] = Path(
-        "cem-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures, the page and the model.")
+    ] = Path("cem-demo"),
     seed: Annotated[int, typer.Option(help="Of the parameters and of the order of the text.")] = 0,
-    threads: Annotated[
-        int, typer.Option(help="Threads of torch; more than one helps on an idle machine.", min=1)
-    ] = 1,
     energy: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE:NAME",
-            help="An energy of each block, in order; repeatable. By default those of examples/.",
+            help="An energy, in order; repeatable. By default those of examples/.",
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Folder whose *.py files are the text; by default Python's own."),
-    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(help="The text: stdlib, python, a folder, a file, a glob or hf:NAME."),
+    ] = "stdlib",
 ) -> None:
     """Train a small language model made of energies.
 
@@ -67,20 +62,16 @@ def demo(
                 f"the energies of the demo stand in examples/ of a clone: got no {_EXAMPLES}; "
                 "clone the repository, or type `cem demo --energy FILE:NAME`"
             )
-    if text is not None and not text.is_dir():
-        raise UserError(f"`--text` needs a folder of Python files: got `{text}`; name one that is")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out}: got {error.strerror}; name a folder") from None
-    prepare(threads)
+    prepare(1)
     energies = [_load(name) for name in energy]
-    from cem.demo import run
+    with answered():
+        from cem.demo import STEPS, run
 
-    try:
-        run(energies, seconds=seconds, steps=steps, text=text, out=out, seed=seed)
-    except (ValueError, TypeError) as error:
-        raise UserError(sentence(error)) from error
+        run(energies, steps=steps or STEPS, source=source, out=out, seed=seed)
 
 
 @app.command()

@@ -1,15 +1,12 @@
-"""``cem train``, ``cem eval``, ``cem sample``, ``cem sweep``: language models."""
+"""``cem train``, ``cem eval``, ``cem sample``, ``cem export``, ``cem sweep``: language models."""
 
-import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import UserError, app, prepare, sentence
+from .app import UserError, answered, app, prepare
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a trained run.")]
 
@@ -32,7 +29,7 @@ def train(
     torchrun --nproc-per-node GPUS -m cem train RUN.yaml
     """
     prepare(1)
-    with _answered():
+    with answered():
         from cem.lm.run import Run
         from cem.lm.training import train
 
@@ -53,7 +50,7 @@ def train(
 def evaluate(out: OutArgument) -> None:
     """Compute the held-out loss of a trained model anew."""
     prepare(1)
-    with _answered():
+    with answered():
         from cem.lm.training import evaluate
 
         found = evaluate(out)
@@ -72,11 +69,31 @@ def sample(
     """Let a trained model write."""
     prepare(1)
     options = {"temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
-    with _answered():
+    with answered():
         from cem.lm.training import sample
 
         text = sample(out, prompt, tokens=tokens, seed=seed, **options)
     print(text)
+
+
+@app.command()
+def export(
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder of a trained run, or of a checkpoint.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it.")],
+) -> None:
+    """Write a trained model as a folder that loads without cem.
+
+    Its layers are written out as plain torch. Who has transformers loads it with
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    """
+    prepare(1)
+    with answered():
+        from cem.lm.export import export_saved
+
+        export_saved(out, folder)
+    print(f"wrote {folder}")
 
 
 @app.command()
@@ -107,7 +124,7 @@ def sweep(
             "`cem sweep --report DIR`"
         )
     prepare(1)
-    with _answered():
+    with answered():
         from cem.lm.sweep import Sweep
 
         said = Sweep.read(report or file, changes or ())
@@ -117,20 +134,3 @@ def sweep(
 
         print(compare(said, rows, out))
     print(f"see {out}")
-
-
-@contextmanager
-def _answered() -> Iterator[None]:
-    """Mistakes of the person who typed the command end in one sentence."""
-    missing = [
-        name for name in ("transformers", "accelerate") if not importlib.util.find_spec(name)
-    ]
-    if missing:
-        raise UserError(
-            f"training needs {' and '.join(missing)}: got an environment without; "
-            "type `pip install 'causal-energy-minimization[lm]'`"
-        )
-    try:
-        yield
-    except (ValueError, ImportError, FloatingPointError) as error:
-        raise UserError(sentence(error)) from error

@@ -11,12 +11,14 @@ from os import PathLike
 from pathlib import Path
 from string import Template
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from cem.layer import EnergyLayer
 
+from .config import CEMConfig
 from .layers import Residual
 from .model import CEMForCausalLM
+from .quiet import quiet
 from .skeleton import CONFIGURATION, IMPORTS, LLAMA, MASK, MODELING, PLACES
 from .sources import Sources, formatted
 from .written import Written, check
@@ -76,8 +78,24 @@ def export(model: CEMForCausalLM, folder: str | PathLike, *, tokenizer=None) -> 
     return folder
 
 
+@quiet()
 def export_saved(saved: str | PathLike, folder: str | PathLike) -> Path:
-    """:func:`export` a model that ``save_pretrained`` wrote, with its tokenizer if it has one."""
+    """:func:`export` a model that ``save_pretrained`` or a run wrote, with its tokenizer if it has one.
+
+    Raises:
+        ValueError: there is no model of energy layers in the folder, or one that :func:`export` refuses.
+    """
+    if not (Path(saved) / "config.json").is_file():
+        raise ValueError(
+            f"there is no trained model in {saved}: got no config.json there; "
+            "type the folder of a finished run, or of one of its checkpoints"
+        )
+    config = AutoConfig.from_pretrained(saved)
+    if not isinstance(config, CEMConfig):
+        raise ValueError(
+            f"{saved} holds no model of energy layers: got a {config.model_type}, "
+            "which loads without cem as it is"
+        )
     model = CEMForCausalLM.from_pretrained(saved)
     has_tokenizer = (Path(saved) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(saved) if has_tokenizer else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import matplotlib
@@ -64,12 +63,11 @@ def descent(lines, *, ax=None):
     ax = plot._axes(ax, 5.2, 2.7)
     ax.axhline(0, color="0.2", linewidth=0.8, zorder=1)
     shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(drops)))
-    names = [name.split(".") for name in drops]
-    shared = min(len(os.path.commonprefix(names)), min(map(len, names)) - 1)
+    labels = plot._labels(drops)
     every, size = -(-len(drops) // 10), 2.5 if len(drops) <= 10 else 0
     for i, (name, color) in enumerate(zip(drops, shades, strict=True)):
         steps, heights = np.array(sorted(drops[name].items())).T
-        label = ".".join(names[i][shared:]).replace(".parts", "") if i % every == 0 else None
+        label = labels[i] if i % every == 0 else None
         ax.plot(steps, heights, kinds[energies[name]], color=color, markersize=size, label=label)
         up = heights < 0
         ax.plot(steps[up], heights[up], "v", color=plot._UPHILL, markersize=4)

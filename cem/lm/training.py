@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import statistics
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -22,7 +21,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from transformers.utils import logging
 
 from .._version import __version__
 from . import pictures
@@ -30,6 +28,7 @@ from .callbacks import Clock, Energies, Finite, Metrics, Progress, Records, has_
 from .data import Data
 from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
 from .presets import preset
+from .quiet import quiet
 from .run import Run, refuse_unknown
 from .throughput import flops_per_token, peak_flops
 from .trainer import PARTIAL, Trainer, checkpoints
@@ -141,19 +140,7 @@ def arguments(run: Run, out: str | Path) -> TrainingArguments:
     return args
 
 
-@contextmanager
-def _quiet():
-    """Without the bars of transformers for every file that is read or written."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@_quiet()
+@quiet()
 def train(run: Run, out: str | Path) -> Result:
     """Train a model, or go on where an interrupted training of the same run stopped.
 
@@ -243,7 +230,7 @@ def train(run: Run, out: str | Path) -> Result:
     return Result.read(out)
 
 
-@_quiet()
+@quiet()
 def evaluate(out: str | Path) -> dict[str, float]:
     """The held-out loss of a trained model, computed anew: ``{"loss": nats, "bits_per_byte": bits}``.
 
@@ -259,7 +246,7 @@ def evaluate(out: str | Path) -> dict[str, float]:
     return {name: found[f"eval_{name}"] for name in ("loss", "bits_per_byte")}
 
 
-@_quiet()
+@quiet()
 def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **options) -> str:
     """What a trained model writes after a prompt, with the prompt in front.
 
