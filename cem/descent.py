@@ -5,20 +5,25 @@ Legend: B batch, T tokens, D dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from copy import copy
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .energy import Energy
 from .inputs import Seen
 from .lowering import Lowering
 from .preconditioner import pull_back
-from .update import AbstractUpdate
+from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov
 
 REFRESH = ("layer", "step")
+# Linear in the state, the gradient and the memory together, so that they commute with matrices.
+LINEAR = (GradientDescent, Momentum, Nesterov)
 
 
 class Descending(Protocol):
@@ -102,6 +107,65 @@ class LayerObjective:
         return self.layer.lowering.hessian_product(self.layer.norm(h), *self.around)
 
 
+class SpanObjective:
+    """What a step descends as a function of c, where h = h_0 + B^T c; see :mod:`cem.lowering.span`.
+
+    Attributes:
+        g: c at the input of the step, (B, T, M).
+    """
+
+    def __init__(self, first: LayerObjective, h: Tensor) -> None:
+        self.first, self.h, self.step = first, h, 0
+        span = first.layer.lowering.span
+        self.force = span.force
+        A, self.B = span.matrices(h, *first.around, *first.fixed)
+        self.z, self.gram = F.linear(h, A), self.B @ A.transpose(0, 1)
+        self.g = self.origin = h.new_zeros(()).expand(*h.shape[:-1], span.coefficients)
+
+    def at(self, c: Tensor, step: int) -> SpanObjective:
+        found = copy(self)
+        found.g, found.step = c, step
+        return found
+
+    def gradient(self, c: Tensor) -> Tensor:
+        """f (B, T, M): c moves along it as h along dE/dh = B^T f."""
+        z = self.z
+        if c is not self.origin:
+            z = torch.addmm(z.flatten(0, 1), c.flatten(0, 1), self.gram).view_as(z)
+        return self.force(z, *self.first.around, *self.first.fixed)
+
+    def taken(self, before: Tensor, after: Tensor) -> None:
+        """Nobody is told of states that nobody computes."""
+
+    def state(self, c: Tensor) -> Tensor:
+        """h (B, T, D)."""
+        return self.h + c @ self.B
+
+
+def least_tokens(layer: Descending) -> float:
+    """The number of tokens from which a layer steps in the span of what it moves along; infinity where it cannot.
+
+    It can where its rule is linear and nothing but the rule asks for the state between the steps.
+    """
+    plain = layer.preconditioner is None and type(layer.norm) is nn.Identity
+    fixed = layer.refresh == "layer" and not layer.moving and layer.tolerance is None
+    if layer.lowering.span is None or type(layer.update) not in LINEAR or not (plain and fixed):
+        return math.inf
+    return layer.lowering.span.least(layer.dim, layer.steps)
+
+
+def code(layer: Descending) -> str:
+    """The program of dE/dh as readable Python, and that of a step in the span where the layer takes such."""
+    least = least_tokens(layer)
+    if least == math.inf:
+        return layer.lowering.code
+    told = (
+        f"# From {math.ceil(least)} tokens on, with A, B = matrices(...): every step moves c, 0 at first, along\n"
+        "# force(z, ...) at z = h @ A.T + c @ (B @ A.T), and the layer returns h + c @ B."
+    )
+    return "\n\n".join((layer.lowering.code, told, layer.lowering.span.code))
+
+
 def needs_dense(layer: Descending, lowering: Lowering) -> bool:
     """Whether a step needs the visible set as a dense mask; makes all that the steps ask for, before they run."""
     if layer.checkpoint and lowering.kind == "autograd":
@@ -132,7 +196,16 @@ def descend(layer: Descending, first: LayerObjective, h: Tensor, state=None) -> 
         first: the objective of the first step.
         state: what the rule remembers from before; ``update.init(h)`` if None.
     """
-    state = layer.update.init(h) if state is None else state
+    if state is None and type(first) is LayerObjective and first.program is layer.lowering.gradient:
+        tokens = h.shape[0] * h.shape[1]
+        if not torch.compiler.is_exporting() and tokens >= least_tokens(layer):
+            within = SpanObjective(first, h)
+            c, state = _descend(layer, within, within.g, layer.update.init(within.g))
+            return within.state(c), state
+    return _descend(layer, first, h, layer.update.init(h) if state is None else state)
+
+
+def _descend(layer: Descending, first: LayerObjective | SpanObjective, h: Tensor, state) -> tuple:
     energy = None
     for step in range(layer.steps):
         before = h

@@ -254,8 +254,8 @@ class EnergyLayer(nn.Module):
 
     @property
     def code(self) -> str:
-        """The program of dE/dh as readable Python."""
-        return self.lowering.code
+        """The program of dE/dh as readable Python, and that of a step in the span, where the layer takes such."""
+        return descent.code(self)
 
     @property
     def derivation(self):
@@ -314,7 +314,8 @@ def derive(
     Args:
         energy: what to descend.
         causal: token t sees the context tokens s <= t; otherwise all of them.
-        steps: updates with the same parameters and the same context; what depends on it alone is computed once.
+        steps: updates with the same parameters and the same context; what depends on it alone is computed once, and
+            linear features of the state follow from their Gram matrix where that is cheaper (:mod:`cem.lowering.span`).
         update: an update rule; ``cem.GradientDescent()`` if None.
         preconditioner: P, a module or a class that is called with the width of the state, or a list of them, one
             a step; the identity if None.

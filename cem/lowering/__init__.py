@@ -29,6 +29,7 @@ from .reference import (
     map_tokens,
 )
 from .schedule import cut, split
+from .span import Span, span_of
 
 
 class LoweringError(ValueError):
@@ -166,6 +167,7 @@ class Lowering:
         energy: energies (B, T).
         gradient_and_energy: what ``gradient`` and ``energy`` return, from the same kernel calls.
         hessian_product: (h, ...) -> the map v -> d2E/dh2 v (B, T, D).
+        span: ``gradient`` as a step on the coefficients of what it moves h along; None where there is no such.
         decoding: the program cut for a cache; ``ValueError`` where there can be none.
     """
 
@@ -182,6 +184,7 @@ class Lowering:
     energy: EnergyFunction
     gradient_and_energy: EnergyFunction
     hessian_product: HessianFunction
+    span: Span | None = None
     decoding: Decoding
 
 
@@ -207,6 +210,7 @@ class Fused(Lowering):
         prepare, repeat, border = split(program.graph, fixed)
         self.prepare = plan.compile(prepare, "prepare")
         self.gradient = plan.compile(repeat, "gradient", border)
+        self.span = span_of(repeat, [*plan.arguments, *border])
 
     @cached_property
     def energy(self) -> EnergyFunction:

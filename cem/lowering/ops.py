@@ -16,6 +16,9 @@ from .values import TYPICAL, TYPICAL_SEQ, Value, is_seq, rank_of_axis
 VIEWS = {"flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand"}
 """Tensor methods that show the same numbers in another layout."""
 
+WIDTHS = "widths"
+"""In the ``meta`` of a product of features with a matrix: how many features it takes and gives."""
+
 
 def product_name(left: Value, right: Value) -> str | None:
     """A product is called as its factors, ``u_silu``, while that stays short."""
@@ -210,6 +213,8 @@ class Ops:
             node = self.call(torch.matmul, x, self.grouped(weight, [inner, outer]), name=name)
         else:
             node = self.call(F.linear, x, self.grouped(weight, [outer, inner]), name=name)
+        if outer:
+            node.meta[WIDTHS] = tuple(math.prod(map(self.size, axes)) for axes in (inner, outer))
         if len(outer) > 1:
             node = self.unflatten(node, -1, outer)
         return Value(node, (*keep, *outer))

@@ -35,14 +35,14 @@ def split(graph: fx.Graph, fixed: Collection[str]) -> tuple[fx.Graph, fx.Graph, 
 def cut(graph: fx.Graph, border: Sequence[fx.Node]) -> tuple[fx.Graph, fx.Graph, tuple[str, ...]]:
     """As ``split``, at given nodes; what both sides need is computed by both."""
     prepare, repeat = fx.Graph(), fx.Graph()
-    needed = _needed(border, ())
+    wanted = needed(border, ())
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node in needed:
+        if node in wanted:
             copies[node] = prepare.node_copy(node, copies.__getitem__)
     prepare.output(tuple(copies[node] for node in border))
 
-    needed = _needed([node for node in graph.nodes if node.op == "output"], border)
+    wanted = needed([node for node in graph.nodes if node.op == "output"], border)
     outer: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node not in border:
@@ -52,12 +52,12 @@ def cut(graph: fx.Graph, border: Sequence[fx.Node]) -> tuple[fx.Graph, fx.Graph,
     for node in graph.nodes:
         if node.op == "output":
             repeat.output(fx.node.map_arg(node.args[0], outer.__getitem__))
-        elif node not in outer and node in needed:
+        elif node not in outer and node in wanted:
             outer[node] = repeat.node_copy(node, outer.__getitem__)
     return prepare, repeat, tuple(outer[node].name for node in border)
 
 
-def _needed(ends: Sequence[fx.Node], border: Collection[fx.Node]) -> set[fx.Node]:
+def needed(ends: Sequence[fx.Node], border: Collection[fx.Node]) -> set[fx.Node]:
     """What the ends are computed from, up to a border."""
     found: set[fx.Node] = set()
     stack = list(ends)
