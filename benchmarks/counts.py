@@ -34,13 +34,28 @@ class Count:
         return 3 * self.projections + 3.5 * self.attention
 
 
-def interaction(settings: Settings, seq: int, *, rank: int = 0, direct: int = 0, steps: int = 1):
+def interaction(
+    settings: Settings,
+    seq: int,
+    *,
+    rank: int = 0,
+    direct: int = 0,
+    steps: int = 1,
+    span: bool = False,
+) -> Count:
     """Count a causal interaction layer.
 
     Every step projects to the queries and back; the keys, which are the values, are made once.
-    Heads also compare ``direct`` coordinates of the state as they are.
+    Heads also compare ``direct`` coordinates of the state as they are. In the ``span`` of the
+    queries the steps project once, and every step but the first takes a product with the Gram
+    matrix of the queries, which is made once.
     """
     rank = rank or settings.rank
-    projection = settings.batch * seq * settings.dim * settings.heads * rank
+    width, tokens = settings.heads * rank, settings.batch * seq
+    projection = tokens * settings.dim * width
+    projections = (1 + 2 * steps) * projection
+    if span:
+        gram = width * width * settings.dim
+        projections = 3 * projection + (steps - 1) * tokens * width * width + gram
     pairs = settings.batch * settings.heads * seq * (seq + 1) // 2
-    return Count((1 + 2 * steps) * projection, steps * 2 * pairs * (rank + direct))
+    return Count(projections, steps * 2 * pairs * (rank + direct))

@@ -32,6 +32,26 @@ class TiedAttention(nn.Module):
         return h
 
 
+class SpanAttention(TiedAttention):
+    """The same steps on what they add up to before the projection back, by the Gram matrix of the queries."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, D = h.shape
+        H, R, _ = self.Q.shape
+        Q = self.Q.view(H * R, D)
+        k = F.linear(h, self.K.view(H * R, D)).view(B, T, H, R).transpose(1, 2)  # (B, H, T, R)
+        first = q = F.linear(h, Q)  # (B, T, H R)
+        gram = Q @ Q.T
+        added = 0.0
+        for step in range(self.steps):
+            if step:
+                q = torch.addmm(first.view(B * T, -1), added.view(B * T, -1), gram)
+            heads = q.view(B, T, H, R).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(heads, k, k, is_causal=True, scale=self.beta)
+            added = added + mixed.transpose(1, 2).reshape(B, T, H * R)
+        return torch.addmm(h.reshape(B * T, D), added.view(B * T, -1), Q).view(B, T, D)
+
+
 class RotaryAttention(nn.Module):
     """Tied attention whose queries and keys, which are the values, are turned; what it reads is turned back.
 

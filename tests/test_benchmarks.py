@@ -18,7 +18,7 @@ from benchmarks.cases import (
     interaction_layer,
     largest_difference,
 )
-from benchmarks.handwritten import TiedAttention
+from benchmarks.handwritten import SpanAttention, TiedAttention
 from benchmarks.settings import Settings
 from benchmarks.timing import Pair, interleave
 
@@ -108,25 +108,32 @@ def test_peak_memory_counts_what_a_pass_allocates(device):
     assert autograd > fused + 4 * 2**20
 
 
-@pytest.mark.parametrize("direct, steps", [(0, 1), (0, 3), (16, 1)])
-def test_counts_are_those_of_torch(direct, steps):
-    """torch counts two operations a multiplication, and every pair of tokens, seen or not."""
+@pytest.mark.parametrize(
+    "direct, steps, seq, span",
+    [(0, 1, 9, False), (0, 3, 7, False), (0, 3, 9, True), (16, 1, 9, False)],
+)
+def test_counts_are_those_of_torch(direct, steps, seq, span):
+    """torch counts two operations a multiplication, and every pair of tokens, seen or not.
+
+    With 2 x 9 tokens and not with 2 x 7, three steps pay for a Gram matrix of width 32.
+    """
     make = diagonal_layer if direct else interaction_layer
     layer = make(QUICK, causal=False, **({} if direct else {"steps": steps}))
-    h = torch.randn(QUICK.batch, 9, QUICK.dim, requires_grad=True)
+    h = torch.randn(QUICK.batch, seq, QUICK.dim, requires_grad=True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward, counted = layer(h), counter.get_total_flops()
         forward.sum().backward()
-    mine = counts.interaction(QUICK, 9, direct=direct, steps=steps)
-    pairs = mine.attention * 2 * 9 // (9 + 1)
+    mine = counts.interaction(QUICK, seq, direct=direct, steps=steps, span=span)
+    pairs = mine.attention * 2 * seq // (seq + 1)
     assert counted == 2 * (mine.projections + pairs)
     # Its backward pass keeps the weights, so that attention is four products and not five.
     assert counter.get_total_flops() == 2 * 3 * (mine.projections + pairs)
 
 
-def test_steps_by_hand_equal_the_derived_ones():
+@pytest.mark.parametrize("kind", [TiedAttention, SpanAttention])
+def test_steps_by_hand_equal_the_derived_ones(kind):
     layer = interaction_layer(QUICK, steps=3).double()
-    written = TiedAttention(layer.Q, layer.K, layer.scalars["beta"], steps=3)
+    written = kind(layer.Q, layer.K, layer.scalars["beta"], steps=3)
     h = torch.randn(2, 9, QUICK.dim, dtype=torch.float64)
     torch.testing.assert_close(layer(h), written(h), rtol=1e-12, atol=1e-12)
 
@@ -157,7 +164,7 @@ def test_the_points_of_the_design_space_run(tmp_path, capsys):
     settings = replace(QUICK, sections=("diagonal", "recursion", "decode"), seconds=0.1)
     run = layers.run(settings, sections=space.SECTIONS)
     rows = report.rows_of(json.loads(json.dumps(run)))
-    assert len(rows) == 2 + 2 * 3 + 2
+    assert len(rows) == 2 + 2 * 4 + 2
     assert rows[-1].value == 0.5
     assert all(row.value > 0 and row.met is None for row in rows)
     assert "counted" in rows[0].what
