@@ -23,7 +23,8 @@ from cem.lm.model import CEMForCausalLM
 from cem.lm.training import build
 
 STEPS = 2400  # about a minute on one core
-SIZES = {"heads": 3, "rank": 32, "hidden": 256, "beta": 32**-0.5}
+DIM = 128
+SIZES = {"heads": 8, "rank": 16, "hidden": 344, "beta": 16**-0.5}
 """What the energies of the demonstration get of the sizes and scalars that they know by name."""
 
 _TRACED = 64  # windows
@@ -44,14 +45,14 @@ def recipe(
     return lm.Run(
         model={
             "model_type": "cem",
-            "hidden_size": 96,
+            "hidden_size": DIM,
             "layers": layers,
-            "initializer_range": 96**-0.5,
+            "initializer_range": DIM**-0.5,
         },
         data={"source": source, "tokenizer": "bytes", "context": 64, "megabytes": None},
         trainer={
             "max_steps": steps,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 64,
             "learning_rate": 4e-3,
             "warmup_steps": 0.1,

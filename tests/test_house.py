@@ -57,12 +57,14 @@ HEAVY = ("matplotlib", "tqdm", "transformers", "typer")
 
 # Modules that need an extra: their doctests are skipped where it is not installed.
 OPTIONAL = {
+    "cem.demo": "transformers",
     "cem.hf": "transformers",
     "cem.lm.apart": "transformers",
     "cem.lm.callbacks": "transformers",
     "cem.lm.comparison": "transformers",
     "cem.lm.data": "transformers",
     "cem.lm.pictures": "transformers",
+    "cem.lm.quiet": "transformers",
     "cem.lm.run": "transformers",
     "cem.lm.sizing": "transformers",
     "cem.lm.sweep": "transformers",
