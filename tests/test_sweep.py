@@ -23,6 +23,7 @@ from cem.lm import Sweep, comparison, pictures, sizing, training
 from cem.lm.apart import train_apart
 from cem.lm.callbacks import read_records
 from cem.lm.comparison import bootstrap
+from cem.lm.layers import energy_of
 from cem.lm.presets import preset
 from cem.lm.run import Run, set_value
 from cem.lm.sweep import Trial
@@ -127,8 +128,10 @@ def test_a_sweep_is_a_file_with_changes_of_its_base(tmp_path):
 def test_the_sweeps_of_the_repository_can_be_read(file):
     tokenizer = byte_tokenizer()
     sweep = Sweep.read(file)
-    for trial in sweep.trials({}):
-        configure(sweep.run_of(trial).model, tokenizer)
+    for model in {json.dumps(sweep.run_of(trial).model) for trial in sweep.trials({})}:
+        config = configure(json.loads(model), tokenizer)
+        parts = [part for block in getattr(config, "blocks", []) for part in block]
+        assert all(energy_of(part, "here") for part in parts if "energy" in part)
 
 
 @pytest.mark.parametrize(
@@ -403,8 +406,8 @@ def test_sides_that_cannot_be_made_equal(tmp_path):
     sweep = Sweep(base={"data": tiny_run(tmp_path).data}, sides=sides, fixed="parameters")
     with pytest.raises(ValueError, match="side `cem`: a side does not have the .* times as many;"):
         sweep.run_of(sweep.trials({})[1])
-    with pytest.raises(ValueError, match="side `cem`: no part of the model says a size `hiden`"):
-        replace(sweep, scale="hiden").run_of(sweep.trials({})[1])
+    with pytest.raises(ValueError, match="side `cem`: no part of the model says a size `hedden`"):
+        replace(sweep, scale="hedden").run_of(sweep.trials({})[1])
     with pytest.raises(ValueError, match="`num_hidden_layers` cannot make the .* equal within 1%"):
         replace(sweep, scale="num_hidden_layers").run_of(sweep.trials({})[1])
 
@@ -480,7 +483,9 @@ def test_the_report_says_what_was_compared_selected_and_lost(tmp_path):
         "1 MiB",
     ):
         assert piece in said
-    [chosen] = [line.split() for line in said.splitlines() if line.endswith(" diverged")]
+    [chosen] = [
+        line.split() for line in said.splitlines() if line.startswith("cem   ") and "*" in line
+    ]
     assert chosen == ["cem", "2.1700", "*", "2.1800", "diverged"]
     assert "cem,learning_rate=0.004,seed=1: training diverged" in said
     assert "cpu, torch 2; data abc" in said

@@ -19,18 +19,20 @@ KINDS = ("parameters", "flops")
 
 
 def count(model: str | dict, data: dict, kind: str) -> float:
-    """Parameters of a model (tied ones once), or operations a token of its training; no memory is taken.
+    """Parameters of a model (tied ones once), or operations a token of its training.
+
+    Parameters are counted without memory; operations by running the model on one sequence.
 
     Args:
         model, data: of a :class:`~cem.lm.run.Run`.
         kind: ``"parameters"`` or ``"flops"``, see :func:`cem.lm.throughput.flops_per_token`.
     """
     prepared = Data(**data).prepare()
+    if kind == "flops":
+        return flops_per_token(build(model, prepared.tokenizer), prepared.train[0])
     with torch.device("meta"):
         built = build(model, prepared.tokenizer)
-    if kind == "parameters":
-        return sum(p.numel() for p in built.parameters() if p.requires_grad)
-    return flops_per_token(built, prepared.train[0])
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)
 
 
 def places(config, size: str) -> list[str]:
@@ -54,7 +56,7 @@ def resized(model: str | dict, config, size: str, value: int) -> dict:
     """The ``model`` of a run with another size, wherever its configuration says that size.
 
     >>> from cem.lm.presets import preset
-    >>> resized("tiny", preset("tiny"), "hidden", 96)["block"][1]
+    >>> resized("tied-tiny", preset("tied-tiny"), "hidden", 96)["block"][1]
     {'energy': 'gated_silu', 'hidden': 96}
     """
     said = {"preset": model} if isinstance(model, str) else deepcopy(model)
