@@ -47,6 +47,8 @@ VERDICTS = {
     "mixture_of_experts_silu": "measured only",
     "normalised_interaction": "measured only",
     "parallel_block": "bounded step size",
+    "partly_tied_gated": "measured only",
+    "partly_tied_interaction": "measured only",
     "plain_gelu": "bounded step size",
     "plain_relu": "any step size",
     "plain_silu": "bounded step size",
@@ -54,6 +56,7 @@ VERDICTS = {
     "polynomial_memory_3": "any step size",
     "quadratic_well": "bounded step size",
     "relative_interaction": "any step size",
+    "rotary_diagonal_plus_low_rank": "any step size",
     "rotary_interaction": "any step size",
     "sliding_window_interaction": "any step size",
     "sink_interaction": "any step size",
@@ -70,6 +73,7 @@ VERDICTS = {
     "two_sided_gated_relu": "measured only",
     "two_sided_gated_sigmoid": "measured only",
     "two_sided_gated_silu": "measured only",
+    "untied_interaction": "any step size",
 }
 
 
