@@ -24,6 +24,9 @@ from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov
 REFRESH = ("layer", "step")
 # Linear in the state, the gradient and the memory together, so that they commute with matrices.
 LINEAR = (GradientDescent, Momentum, Nesterov)
+# In the span the state is h_0 + B^T c: right to the digits of h_0, where that of the loop keeps its own digits
+# as it goes to zero over many steps.
+MOST_STEPS = 16
 
 
 class Descending(Protocol):
@@ -149,6 +152,7 @@ def least_tokens(layer: Descending) -> float:
     """
     plain = layer.preconditioner is None and type(layer.norm) is nn.Identity
     fixed = layer.refresh == "layer" and not layer.moving and layer.tolerance is None
+    fixed = fixed and layer.steps <= MOST_STEPS
     if layer.lowering.span is None or type(layer.update) not in LINEAR or not (plain and fixed):
         return math.inf
     return layer.lowering.span.least(layer.dim, layer.steps)

@@ -281,6 +281,8 @@ def trace(
             restore.callback(layer.__dict__.pop, "begin")
             restore.callback(layer.register_forward_hook(finish).remove)
         model(*inputs, **keywords)
+        # A module such as `FixedPoint` takes the steps of its layer without calling it.
+        found.extend(record.finish(states) for record in records)
     if not found:
         raise ValueError(
             f"`trace` saw no energy layer run: {type(model).__name__} has {', '.join(layers)}"

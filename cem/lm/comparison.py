@@ -56,7 +56,7 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
     3 to 5 seeds that are usual the interval is too narrow: it sees no further than the values.
 
     >>> bootstrap([1.0, 2.0])
-    Interval(mean=1.5, low=1.0, high=2.0)
+    Interval(mean=1.5, low=1.0375, high=1.9625)
     >>> print(bootstrap([2.0]))
     2.0000
     """

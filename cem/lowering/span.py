@@ -111,7 +111,8 @@ def _shown(graph: fx.Graph, name: str, arguments: Sequence[str]) -> str:
 
 def _terms(node: fx.Node, times: float = 1.0) -> Iterator[tuple[fx.Node, float]]:
     """The terms of a sum, each with the number that it is multiplied by."""
-    if node.target in (operator.add, operator.sub):
+    pair = all(isinstance(arg, fx.Node) for arg in node.args)
+    if node.target in (operator.add, operator.sub) and pair:
         yield from _terms(node.args[0], times)
         yield from _terms(node.args[1], -times if node.target is operator.sub else times)
     elif node.target is torch.neg:
