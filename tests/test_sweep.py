@@ -431,13 +431,13 @@ def test_where_a_size_stands():
 
 
 def test_the_bootstrap_of_known_numbers():
-    """Of n = 3 values all 27 resamples count; of many the interval is that of the normal."""
-    found = bootstrap([0.0, 3.0, 9.0])
-    means = sorted(sum(c) / 3 for c in itertools.product([0.0, 3.0, 9.0], repeat=3))
-    assert found.mean == 4.0 and (found.low, found.high) == pytest.approx(
-        (means[0] + 0.65 * (means[1] - means[0]), means[25] + 0.35 * (means[26] - means[25])),
-        abs=1e-12,
-    )
+    """Of 4 values all 256 resamples count; of many the interval is that of the normal."""
+    found = bootstrap([0.0, 1.0, 3.0, 9.0])
+    means = sorted(sum(c) / 4 for c in itertools.product([0.0, 1.0, 3.0, 9.0], repeat=4))
+    assert (found.mean, found.low, found.high) == (3.25, means[6], means[249])
+    assert sum(mean <= found.low for mean in means) >= 0.025 * 256 > 6
+    three = bootstrap([3.0, 0.0, 9.0])
+    assert (three.mean, three.low, three.high) == (4.0, 0.0, 9.0)
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
     error = 1.96 * values.std(correction=0).item() / 20
     many = bootstrap(values.tolist())
@@ -466,7 +466,7 @@ def test_the_difference_is_taken_seed_by_seed(tmp_path):
     assert llama.interval().mean == pytest.approx(2.21, abs=1e-12)
     difference = cem.difference(llama)
     assert difference.mean == pytest.approx(0.07, abs=1e-12)
-    assert 0.06 <= difference.low < 0.0625 and 0.0775 < difference.high <= 0.08
+    assert (difference.low, difference.high) == pytest.approx((0.06, 0.08), abs=1e-12)
     del llama.rows[2]
     assert cem.difference(llama).mean == pytest.approx(0.07, abs=1e-12)
 
@@ -475,9 +475,9 @@ def test_the_report_says_what_was_compared_selected_and_lost(tmp_path):
     sweep, rows = swept(tmp_path)
     said = comparison.compare(sweep, rows, tmp_path)
     for piece in (
-        "+0.0700 [+0.06",
+        "+0.0700 [+0.0600, +0.0800]",
         "difference to llama",
-        "2.2100 [2.1",
+        "2.2100 [2.1100, 2.3100]",
         "1,500",
         "6.00k",
         "1 MiB",
