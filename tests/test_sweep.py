@@ -144,6 +144,7 @@ def test_the_sweeps_of_the_repository_can_be_read(file):
         ("sides: {a: {}}\nvary: {seed: 3}", "lists the values of `seed`: got 3; .*`seed: \\[3\\]`"),
         ("sides: {a: {}}\nseeds: 3", "`seeds` of a sweep are different integers: got 3; type"),
         ("sides: {a: {}}\nseeds: [1, 1]", "`seeds` of a sweep are different integers: got .1, 1"),
+        ("sides: {a: {}}\nseeds: [x]", "`seeds` of a sweep are different integers: got .'x'"),
         ("sides: {a: {}}\nreference: b", "`reference` of a sweep names a side: got 'b'; .* a$"),
         ("sides: {a: {}}\nscale: {b: hidden}", "`scale` of a sweep names a side: got 'b'"),
         ("sides: {a: {}}\nselect: best", "is loss or bits_per_byte: got 'best'; type `select: los"),

@@ -105,7 +105,8 @@ class Sweep:
                     f"`{name}: [{values}]`"
                 )
         seeds = self.seeds
-        if not isinstance(seeds, list | tuple) or not seeds or len(set(seeds)) != len(seeds):
+        listed = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
+        if not listed or not seeds or len(set(seeds)) != len(seeds):
             raise ValueError(
                 f"`seeds` of a sweep are different integers: got {seeds!r}; type `seeds: [0, 1, 2]`"
             )
@@ -134,7 +135,7 @@ class Sweep:
                 f"two runs of a sweep have one name: got {twice!r} twice; "
                 "write the values as {LABEL: {NAME: VALUE}}, or leave one out"
             )
-        for trial in self._grid(self.seeds):
+        for trial in self._grid(self.seeds[:1]):
             self._unsized(trial)
 
     @classmethod
@@ -290,7 +291,8 @@ class Sweep:
         for name, label in trial.values.items():
             values = self.vary[name]
             _change(said, values[label] if isinstance(values, dict) else {name: label})
-        return Run.from_yaml(yaml.safe_dump(said | {"seed": trial.seed}))
+        refuse_unknown(said, [f.name for f in fields(Run)], "")
+        return Run(**said | {"seed": trial.seed})
 
     def _same(self, out: Path) -> None:
         for trial in self._grid(self.seeds):
