@@ -56,7 +56,7 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
     further than the values, so with few it is too narrow; of 2 or 3 it is their whole range.
 
     >>> bootstrap([1.0, 2.0])
-    Interval(mean=1.5, low=1.0375, high=1.9625)
+    Interval(mean=1.5, low=1.0, high=2.0)
     >>> print(bootstrap([2.0]))
     2.0000
     """
