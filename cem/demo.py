@@ -20,6 +20,7 @@ import cem
 from cem import lm, plot
 from cem.language.document import as_html
 from cem.lm.model import CEMForCausalLM
+from cem.lm.quiet import quiet
 from cem.lm.training import build
 
 STEPS = 2400  # about a minute on one core
@@ -108,7 +109,8 @@ def run(
     )
     _report_bits(data, result)
 
-    model = CEMForCausalLM.from_pretrained(folder).eval()
+    with quiet():
+        model = CEMForCausalLM.from_pretrained(folder).eval()
     chosen = [
         data.held_out[i] for i in range(0, len(data.held_out), len(data.held_out) // _TRACED + 1)
     ]
@@ -190,7 +192,8 @@ def _report_descent(model: CEMForCausalLM, trace: cem.EnergyTrace) -> None:
 
 def _files(model, layers, trace, windows):
     """The three files as pairs (name, bytes)."""
-    yield "descent.png", _png(plot.descent(trace))
+    ax = plt.subplots(figsize=(5.4, 2.9), layout="constrained")[1]  # names stay level
+    yield "descent.png", _png(plot.descent(trace, ax=ax))
     excerpt = max((w["input_ids"][:_SHOWN] for w in windows), key=_letters)
     short = _trace(model, [{"input_ids": excerpt, "position_ids": torch.arange(len(excerpt))}])
     text = [chr(b) if 32 < b < 127 or b == 10 else " " for b in excerpt.tolist()]
