@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import logging
 import math
 import random
 import signal
@@ -356,6 +357,26 @@ def test_an_interrupted_run_takes_the_same_losses(optimizer, step, tmp_path, mon
     result = cem.lm.train(run, tmp_path / "resumed")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     assert result.loss == training.Result.read(tmp_path / "straight").loss
+
+
+def test_a_run_that_goes_on_makes_no_remarks(tmp_path, monkeypatch):
+    model = {"preset": "tiny", "num_hidden_layers": 1}
+    run = tiny_run(model=model, trainer={"max_steps": 6, "eval_steps": 0.5}, trace_steps=0)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "on_step_begin", interrupt)
+        with pytest.raises(Killed):
+            cem.lm.train(run, tmp_path)
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    cem.lm.train(run, tmp_path)
+    assert not said
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(trained, tmp_path, monkeypatch):
