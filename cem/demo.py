@@ -25,7 +25,7 @@ from cem.lm.training import build
 
 STEPS = 2400  # about a minute on one core
 DIM = 128
-SIZES = {"heads": 8, "rank": 16, "hidden": 344, "beta": 16**-0.5}
+SIZES = {"heads": 16, "rank": 8, "hidden": 344, "beta": 8**-0.5}
 """What the energies of the demonstration get of the sizes and scalars that they know by name."""
 
 _TRACED = 64  # windows

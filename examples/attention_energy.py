@@ -13,11 +13,11 @@ from torch.nn import functional as F
 import cem
 
 
-@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", slope="heads")
-def interaction(h, x, *, Q, K, slope, position, context_position, beta=1.0):
+@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", log_slope="heads")
+def interaction(h, x, *, Q, K, log_slope, position, context_position, beta=1.0):
     q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
     k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
-    far = slope[:, None] * (position - context_position)
+    far = log_slope.exp()[:, None] * (position - context_position)
     return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k) - far, dim=-1).sum() / beta
 
 
@@ -45,7 +45,7 @@ def main():
     layer = cem.derive(interaction, dim=128, heads=4, rank=32, beta=beta)
     print(layer.derivation)
     h = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
-    difference = (layer(h) - by_hand(h, layer.Q, layer.K, layer.slope, beta)).abs().max()
+    difference = (layer(h) - by_hand(h, layer.Q, layer.K, layer.log_slope.exp(), beta)).abs().max()
     print(f"largest difference from hand-written attention below 1e-5: {bool(difference < 1e-5)}")
 
 

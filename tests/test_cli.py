@@ -177,7 +177,6 @@ def text(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.slow
 def test_the_demo_runs_from_end_to_end(text, monkeypatch, capsys):
     monkeypatch.chdir(text.parent)
     reports = []
