@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,11 @@ def arguments(argv: list[str] | None, program: str, sections: Mapping) -> argpar
     return parser.parse_args(argv)
 
 
+def _allocator() -> list[str]:
+    """The variables of glibc's allocator that are set, as one types them before a command."""
+    return [f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_")]
+
+
 def main(
     argv: list[str] | None = None, program: str = "benchmarks.layers", sections: Mapping = SECTIONS
 ) -> dict | None:
@@ -80,7 +86,7 @@ def main(
         settings = settings.quick()
     settings = replace(settings, sections=tuple(asked.only))
     words = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", program, *words])
+    command = " ".join((*_allocator(), shlex.join(["python", "-m", program, *words])))
     found = run(settings, command, sections=sections)
     print(report.heading(found), report.text(report.rows_of(found)), sep="\n\n")
     for path in asked.out:
