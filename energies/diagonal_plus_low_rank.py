@@ -40,21 +40,28 @@ import cem
 
 rank = cem.dims("rank")
 
+OWN_BLOCKS = {
+    "h": "(heads block)",
+    "x": "seq (heads block)",
+    "Q": "heads rank (heads block)",
+    "K": "heads rank (heads block)",
+    "lam": "heads block",
+}
 
-@cem.energy(
-    h="(heads block)",
-    x="seq (heads block)",
-    Q="heads rank (heads block)",
-    K="heads rank (heads block)",
-    lam="heads block",
-)
+
+def own_score(h, x, lam):
+    """sum_b lam_ab h_ab x_sab, (heads, seq): what the diagonal of a head's own block says."""
+    own_h = h.unflatten(0, lam.shape)  # (heads, block)
+    own_x = x.unflatten(1, lam.shape)  # (seq, heads, block)
+    return torch.einsum("ab,ab,sab->as", lam, own_h, own_x)
+
+
+@cem.energy(**OWN_BLOCKS)
 def diagonal_plus_low_rank(h, x, *, Q, K, lam, beta=rank**-0.5):
     """E = -(1/beta) sum_a log sum_s exp(beta (q_a . k_as + sum_b lam_ab h_ab x_sab))."""
     q = torch.einsum("ard,d->ar", Q, h)
     k = torch.einsum("ard,sd->asr", K, x)
-    own_h = h.unflatten(0, lam.shape)  # (heads, block)
-    own_x = x.unflatten(1, lam.shape)  # (seq, heads, block)
-    score = torch.einsum("ar,asr->as", q, k) + torch.einsum("ab,ab,sab->as", lam, own_h, own_x)
+    score = torch.einsum("ar,asr->as", q, k) + own_score(h, x, lam)
     return -torch.logsumexp(beta * score, dim=-1).sum() / beta
 
 
@@ -67,18 +74,10 @@ def diagonal_plus_low_rank_full(h, x, *, Q, K, lam, beta=rank**-0.5):
     return -torch.logsumexp(beta * score, dim=-1).sum() / beta
 
 
-@cem.energy(
-    h="(heads block)",
-    x="seq (heads block)",
-    Q="heads rank (heads block)",
-    K="heads rank (heads block)",
-    lam="heads block",
-)
+@cem.energy(**OWN_BLOCKS)
 def rotary_diagonal_plus_low_rank(h, x, *, Q, K, lam, position, context_position, beta=rank**-0.5):
     """E = -(1/beta) sum_a log sum_s exp(beta (R_t q_a . R_s k_as + sum_b lam_ab h_ab x_sab))."""
     q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
     k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
-    own_h = h.unflatten(0, lam.shape)  # (heads, block)
-    own_x = x.unflatten(1, lam.shape)  # (seq, heads, block)
-    score = torch.einsum("ar,asr->as", q, k) + torch.einsum("ab,ab,sab->as", lam, own_h, own_x)
+    score = torch.einsum("ar,asr->as", q, k) + own_score(h, x, lam)
     return -torch.logsumexp(beta * score, dim=-1).sum() / beta

@@ -9,18 +9,20 @@ import typer
 from .app import UserError, answered, app, prepare
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a trained run.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder to write; by default runs/ and the file's name.")
+]
+ChangesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME=VALUE]...", help="Such as trainer.max_steps=20 model=tiny."),
+]
 
 
 @app.command()
 def train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Model, data and training.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Such as trainer.max_steps=20 model=tiny."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; by default runs/ and the file's name.")
-    ] = None,
+    changes: ChangesArgument = None,
+    out: OutOption = None,
 ) -> None:
     """Train a language model as a file says.
 
@@ -101,13 +103,8 @@ def sweep(
     file: Annotated[
         Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sides, grid and seeds.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Of every run: trainer.max_steps=20."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; by default runs/ and the file's name.")
-    ] = None,
+    changes: ChangesArgument = None,
+    out: OutOption = None,
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Only compare what a sweep has trained.")
     ] = None,

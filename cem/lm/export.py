@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Collection
@@ -124,6 +125,7 @@ def modeling(model: CEMForCausalLM) -> str:
         imports="",
         parts="\n\n\n".join(part.rstrip() for part in (*sources.texts.values(), *layers)),
         blocks=_blocks(blocks),
+        forward=inspect.getsource(CEMForCausalLM.forward),
         extra="".join(text for text, wanted in extra.items() if wanted),
         slot="index" if not behind else f"{slots}[index]",
     )

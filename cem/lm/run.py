@@ -160,10 +160,7 @@ class Run:
         Raises:
             ValueError: there is no such file, or as :meth:`from_yaml`.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"there is no run {path}: got that path; type that of a YAML file")
-        return cls.from_yaml(path.read_text("utf-8"), changes)
+        return cls.from_yaml(file_text(path, "run"), changes)
 
     def to_yaml(self) -> str:
         """The run with all its defaults, as :meth:`from_yaml` reads it."""
@@ -213,6 +210,14 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver(_OLDER[0], re.compile("(true|false|True|False)$"), "tfTF")
 _NUMBER = r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.inf$|\.nan$"
 _Loader.add_implicit_resolver(_OLDER[1], re.compile(_NUMBER), "-+.0123456789")
+
+
+def file_text(path: str | Path, what: str) -> str:
+    """The text of a file that the user has named, or one sentence that there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no {what} {path}: got that path; type that of a YAML file")
+    return path.read_text("utf-8")
 
 
 def read_yaml(text: str, where: str):

@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from .apart import record_failure, train_apart, write
-from .run import Run, parsed, read_yaml, refuse_unknown, set_value
+from .run import Run, file_text, parsed, read_yaml, refuse_unknown, set_value
 
 NUMBERS = (
     "loss bits_per_byte parameters flops_per_token steps tokens tokens_per_second mfu peak_memory "
@@ -165,10 +165,9 @@ class Sweep:
             ValueError: there is no such file, or as :meth:`from_yaml`.
         """
         path = Path(path)
-        path = path / "sweep.yaml" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(f"there is no sweep {path}: got that path; type that of a YAML file")
-        return cls.from_yaml(path.read_text("utf-8"), changes)
+        return cls.from_yaml(
+            file_text(path / "sweep.yaml" if path.is_dir() else path, "sweep"), changes
+        )
 
     def to_yaml(self) -> str:
         """The sweep as :meth:`from_yaml` reads it."""
