@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .energy import Energy
+from .lowering.kernels import sharing
 from .visibility import Packed, packed, visible_mask
 
 
@@ -187,17 +188,19 @@ class Reader:
                         f" `cem.rope` in the energy, or call it without `{what}`"
                     )
             return None, None
-        lead = h.shape[:-2]
-        dtype = torch.promote_types(h.dtype, torch.float32)
+        lead, dtype = h.shape[:-2], torch.promote_types(h.dtype, torch.float32)
         own = self._own(positions, "positions", lead, T, h)
-        if context_positions is None and context is None:
-            context_positions = positions
+        if context_positions is None and context is None and own is not None:
+            own = _typed(own, dtype)
+            return own, own
         others = self._own(context_positions, "context_positions", lead, S, h)
-        if others is None:
-            others = torch.arange(S, device=h.device)[None]
+        counted = others is None
+        others = _typed(torch.arange(S, device=h.device)[None] if counted else others, dtype)
+        if own is None and S == T and (counted or self.causal):
+            return others, others
         if own is None:
             own = others[:, S - T :] if self.causal else torch.arange(T, device=h.device)[None]
-        return own.to(dtype), others.to(dtype)
+        return _typed(own, dtype), others
 
     def _own(
         self, positions: Tensor | None, what: str, lead: torch.Size, length: int, h: Tensor
@@ -218,6 +221,14 @@ class Reader:
                 f" {shape}"
             )
         positions = positions.to(h.device)
+        if len(shape) == 2 and len(lead) == 1:
+            return positions
         if all(size == 1 for size in shape[:-1]):
             return positions.reshape(1, length)
         return positions.expand(*lead, length).reshape(-1, length)
+
+
+def _typed(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positions in a type; those that are new here keep what is made of them."""
+    typed = positions.to(dtype)
+    return typed if typed is positions else sharing(typed)

@@ -10,6 +10,7 @@ from sympy import Sum
 
 import cem
 from cem import energies
+from cem.lowering.kernels import sharing
 from cem.testing import assert_close, relative_error
 
 PLACED = [case for case in ENERGIES if case.energy.has_positions]
@@ -268,3 +269,24 @@ def test_a_lookup_in_the_torch_pen_reads_one_size():
         return cem.lookup(table.flatten(), position) + (x @ h).sum()
 
     assert "`lookup` reads the last axis of a tensor, one named size" in flat.reason
+
+
+def test_angles_are_made_once_for_all_who_share_positions():
+    layers = [BY_NAME["rotary_interaction"].derive() for _ in range(2)]
+    h, own = tokens(2, 5, 12), torch.arange(3.0, 8.0, dtype=torch.float64)[None]
+    apart = [layer(h, positions=own) for layer in layers]
+    shared = sharing(own.clone())
+    for layer, alone in zip(layers, apart, strict=True):
+        assert torch.equal(layer(h, positions=shared), alone)
+    assert len(shared.turns) == 1
+
+
+def test_positions_of_the_user_may_change_in_place():
+    layer = BY_NAME["rotary_interaction"].derive(causal=False)
+    h, x, own = tokens(1, 5, 12), tokens(1, 5, 12, seed=1), torch.arange(5, dtype=torch.float64)
+    places = {"context": x, "positions": own[None], "context_positions": own.clone()}
+    before = layer(h, **places)
+    own += 3
+    after = layer(h, **places)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, layer(h, **places | {"positions": own.clone()[None]}))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from cem.lowering.kernels import sharing
+
 from .cache import CACHE
 
 
@@ -23,7 +25,7 @@ class View(NamedTuple):
         padding: bool (B, T), False at padding, or None if there is none. It and ``pairs`` are for states of linear
             attention, and are looked for only where there are some.
         pairs: whether the mask says more than padding and causality.
-        positions: (B or 1, T).
+        positions: (B or 1, T), one tensor for all layers, so that its angles are computed once.
         counted: whether the positions are 0, 1, 2, ..., so that a window may be read block by block.
         places: positions of all S tokens, (B or 1, S), or None where they are those of the call.
         past: S - T.
@@ -92,4 +94,5 @@ def view_of(
         pairs = attention_mask is not None or (fresh and bool((given.diff() != 1).any()))
     visible = None if visible is None else visible[:, 0]
     counted = given is None and cache is None
+    positions = sharing(positions.to(torch.promote_types(h.dtype, torch.float32)))
     return View(mask, visible, padding, pairs, positions, counted, places, past)

@@ -27,7 +27,7 @@ from .masked import (
     visible_count,
     zero_unseen,
 )
-from .places import exact_parts, lookup, rotate, settled, turns
+from .places import exact_parts, lookup, rotate, settled, sharing, turns
 
 __all__ = [
     "attention_with_logsumexp",
@@ -55,6 +55,7 @@ __all__ = [
     "seen",
     "settled",
     "transposed_attention",
+    "sharing",
     "turns",
     "visible_count",
     "windowed_attention",

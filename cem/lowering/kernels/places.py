@@ -30,6 +30,16 @@ def lookup(array: Tensor, number: Tensor) -> Tensor:
     return array[..., number.floor().long().clamp(0, array.shape[-1] - 1)]
 
 
+def sharing(position: Tensor) -> Tensor:
+    """Positions, a tensor of one's own, that keep the turns made of them for all who are given the same tensor.
+
+    A compiler finds what is computed twice by itself.
+    """
+    if not torch.compiler.is_compiling():
+        position.turns = {}
+    return position
+
+
 def turns(
     position: Tensor,
     frequencies: tuple[float, ...] | float,
@@ -41,8 +51,11 @@ def turns(
 
     There is one for each of the 2 n coordinates that turn, in the order of their pairs; the sine of the first of a
     pair is negative. ``frequencies`` may be the base b of n = size/2 frequencies b^(-2i/size). Angles are float32 at
-    least.
+    least. Positions of :func:`sharing` are turned once.
     """
+    kept, key = getattr(position, "turns", {}), (frequencies, size, interleaved, like.dtype)
+    if key in kept:
+        return kept[key]
     if isinstance(frequencies, tuple):
         rates = torch.tensor(frequencies, dtype=position.dtype, device=position.device)
     else:
@@ -51,7 +64,8 @@ def turns(
     pairs = (-rates, rates)
     rates = torch.stack(pairs, -1).flatten() if interleaved else torch.cat(pairs)
     angle = position.unsqueeze(-1) * rates
-    return torch.stack((angle.cos(), angle.sin()), -2).to(like.dtype)
+    kept[key] = torch.stack((angle.cos(), angle.sin()), -2).to(like.dtype)
+    return kept[key]
 
 
 def rotate(value: Tensor, turns: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -62,7 +76,7 @@ def rotate(value: Tensor, turns: Tensor, interleaved: bool, inverse: bool) -> Te
     if interleaved:
         swapped = turning.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
     else:
-        swapped = torch.cat((turning[..., width // 2 :], turning[..., : width // 2]), -1)
+        swapped = turning.roll(width // 2, -1)
     turned = torch.addcmul(turning * cos, swapped, sin, value=-1 if inverse else 1)
     if width == value.shape[-1]:
         return turned
