@@ -54,18 +54,13 @@ class Places:
         """Cosines and sines of a rotation, once for all that share them, laid out for ``rows``."""
         rates, size = expression.rates(self.host.size(expression.index))
         missing = tuple(n for n, axis in enumerate(rows) if axis not in where.axes)
-        key = (where.node, rates, size, expression.interleaved)
+        lead = next((n for n in range(len(rows)) if n not in missing), len(rows))
+        spread = tuple(position - lead for position in missing[lead:])
+        key = (where.node, rates, size, expression.interleaved, spread)
         if key not in self.angles:
             like = self.host.input("h")
-            node = self.ops.call(kernels.turns, *key, like, name="angles")
-            self.angles[key] = node
-        if (*key, missing) not in self.angles:
-            node = self.angles[key]
-            lead = next((n for n in range(len(rows)) if n not in missing), len(rows))
-            for position in missing[lead:]:
-                node = self.ops.call("unsqueeze", node, position - lead)
-            self.angles[*key, missing] = node
-        return self.angles[*key, missing]
+            self.angles[key] = self.ops.call(kernels.turns, *key, like, name="angles")
+        return self.angles[key]
 
     def lookup(self, expression: Lookup) -> Value:
         body, idx, number = expression.args

@@ -45,15 +45,17 @@ def turns(
     frequencies: tuple[float, ...] | float,
     size: int,
     interleaved: bool,
+    spread: tuple[int, ...],
     like: Tensor,
-) -> Tensor:
-    """Cosines and sines of position (...) times frequency, (..., 2, 2 n), in the type of ``like``.
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position (...) times frequency, each (..., 2 n), in the type of ``like``.
 
     There is one for each of the 2 n coordinates that turn, in the order of their pairs; the sine of the first of a
-    pair is negative. ``frequencies`` may be the base b of n = size/2 frequencies b^(-2i/size). Angles are float32 at
-    least. Positions of :func:`sharing` are turned once.
+    pair is negative. An axis of size 1 is put in at every place of ``spread``. ``frequencies`` may be the base b of
+    n = size/2 frequencies b^(-2i/size). Angles are float32 at least. Positions of :func:`sharing` are turned once.
     """
-    kept, key = getattr(position, "turns", {}), (frequencies, size, interleaved, like.dtype)
+    kept = getattr(position, "turns", {})
+    key = (frequencies, size, interleaved, spread, like.dtype)
     if key in kept:
         return kept[key]
     if isinstance(frequencies, tuple):
@@ -64,13 +66,15 @@ def turns(
     pairs = (-rates, rates)
     rates = torch.stack(pairs, -1).flatten() if interleaved else torch.cat(pairs)
     angle = position.unsqueeze(-1) * rates
-    kept[key] = torch.stack((angle.cos(), angle.sin()), -2).to(like.dtype)
+    for place in spread:
+        angle = angle.unsqueeze(place)
+    kept[key] = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
     return kept[key]
 
 
-def rotate(value: Tensor, turns: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def rotate(value: Tensor, turns: tuple[Tensor, Tensor], interleaved: bool, inverse: bool) -> Tensor:
     """The first 2 n coordinates of (..., R) turned in pairs, by minus the angle for the inverse."""
-    cos, sin = turns.unbind(-2)
+    cos, sin = turns
     width = cos.shape[-1]
     turning = value if width == value.shape[-1] else value[..., :width]
     if interleaved:
