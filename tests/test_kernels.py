@@ -143,6 +143,28 @@ def test_attention_with_logsumexp_under_the_transforms_of_torch_func():
     assert_close(each.squeeze(1), expected, 1e-12)
 
 
+@pytest.mark.parametrize("which", [(1, 1), (1, 2)], ids=["one tensor", "two"])
+def test_gradients_with_a_graph_where_inputs_depend_on_each_other(which):
+    """Each input wants its partial derivative, not that through the others."""
+    (q,) = draw((B, H, T, E))
+
+    def total(attention, q):
+        scaled = {n: n * q for n in which}
+        return sum((y * y).sum() for y in attention(q, *(scaled[n] for n in which)))
+
+    def fused(q, k, v):
+        return kernels.attention_with_logsumexp(q, k, v, None, True, SCALE)
+
+    def dense(q, k, v):
+        return dense_attention(q, k, v, None, True)
+
+    q.requires_grad_()
+    expected = torch.autograd.grad(total(dense, q), q)[0]
+    found = torch.autograd.grad(total(fused, q), q, create_graph=True)[0]
+    assert_close(found, expected, 1e-12)
+    assert_close(torch.func.grad(lambda q: total(fused, q))(q.detach()), expected, 1e-12)
+
+
 def test_attention_with_logsumexp_under_autocast():
     q, k = draw((B, H, T, E), (B, H, T, E), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -109,23 +109,17 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv[..., :width], None, None, None
 
 
-def _dense_gradients(ctx, inputs, bias, grads) -> tuple[Tensor | None, ...]:
+def _dense_gradients(ctx, inputs, bias, grads) -> tuple[Tensor, ...]:
     """The same gradients with a graph of their own, through the product of all pairs."""
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    q, k, v = inputs
-    scores = dense_scores(q, k, bias, ctx.causal, ctx.scale)
-    outputs = (torch.softmax(scores, -1) @ v, scores.logsumexp(-1))
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:3])
+
+    def dense(q, k, v):
+        scores = dense_scores(q, k, bias, ctx.causal, ctx.scale)
+        return torch.softmax(scores, -1) @ v, scores.logsumexp(-1)
+
+    # Not `torch.autograd.grad`: an input may depend on another, and each wants its partial derivative.
+    outputs, pull = torch.func.vjp(dense, *inputs)
+    pairs = zip(outputs, grads, strict=True)
+    return pull(tuple(torch.zeros_like(o) if g is None else g.to(o.dtype) for o, g in pairs))
 
 
 def transposed_attention(
