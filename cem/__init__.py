@@ -111,8 +111,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # The galleries and the pictures are imported when they are first asked for.
-    if name in ("plot", "testing", "energies", "derivations"):
+    # What is not always needed is imported when it is first asked for.
+    if name in ("analysis", "plot", "testing", "energies", "derivations"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
