@@ -1,9 +1,10 @@
 """The command line: energies (``demo``, ``derive``, ``plot``) and models (``train``, ``eval``,
-``sample``, ``export``, ``sweep``).
+``sample``, ``export``, ``sweep``, ``analyse``).
 
 Heavy imports stand inside the commands, so that help and mistakes are answered at once.
 """
 
+from . import analyse as analyse
 from . import energies as energies
 from . import models as models
 from .app import UserError as UserError
