@@ -18,13 +18,16 @@ _LOOKS, _ALONE = plot._COLORS[:2]
 
 @matplotlib.rc_context(plot._STYLE)
 def overview(reports: Mapping):
-    """A figure with a column a model, by its title: antisymmetry, ties, and the share of tokens that go down.
+    """A figure with a column a model, by its title: antisymmetry, ties, and who goes down.
 
-    Layers stand from left to right; blue ones look at other tokens, orange ones do not. Above, |J - J^T| / |J| with
-    the context and the gates held (dots) and with nothing held but the other tokens (rings). In the middle the cosine
-    of what is written and what is read, for every head, and of hidden units from the 10 % to the 90 % quantile; of an
-    energy layer it is 1. Below, the share of tokens whose energy does not rise: of the tied energy as the weights give
-    it (rings), and of the layer's own or the fitted one (dots).
+    Layers stand from left to right; blue ones look at other tokens, orange ones do not. From above:
+
+    - |J - J^T| / |J| with the context and the gates held (dots) and with the other tokens held (rings);
+    - the cosine of what is written and what is read, for every head, and of hidden units from the 10 % to the 90 %
+      quantile; not of energy layers;
+    - the cosine of update and -dE/dh, mean over tokens, for the layer's own or fitted energy (dots) and for the tied
+      energy as the weights give it (rings);
+    - the share of tokens whose energy does not rise, likewise.
 
     >>> import torch, cem
     >>> layer = cem.derive(cem.energies.interaction, dim=8, heads=2, rank=4)
@@ -33,10 +36,12 @@ def overview(reports: Mapping):
     3
     """
     lengths = [max(len(report), 3) for report in reports.values()]
+    tied = any(row.tie is not None for report in reports.values() for row in report)
+    panels = [panel for panel in _PANELS if tied or panel[0] is not _ties]
     figure, grid = plt.subplots(
-        3,
+        len(panels),
         len(lengths),
-        figsize=(0.9 + sum(0.35 + 0.24 * n for n in lengths) + 1.5, 6.4),
+        figsize=(2.4 + sum(0.35 + 0.24 * n for n in lengths), 1.2 + 1.6 * len(panels)),
         layout="constrained",
         sharex="col",
         sharey="row",
@@ -44,39 +49,24 @@ def overview(reports: Mapping):
         width_ratios=lengths,
     )
     for column, (title, report) in zip(grid.T, reports.items(), strict=True):
-        for ax in column:
+        for ax, (draw, *_) in zip(column, panels, strict=True):
             plot._axes(ax, 0, 0)
-        _antisymmetry(column[0], report)
-        _ties(column[1], report)
-        _down(column[2], report)
+            draw(ax, report)
         column[0].set_title(title, loc="left")
         labels = plot._labels([row.name for row in report])
-        column[2].set_xticks(
-            range(len(report)), labels, rotation=60, ha="right", rotation_mode="anchor"
-        )
-        column[2].set_xlim(-0.6, len(report) - 0.4)
-    grid[0, 0].set_ylabel("antisymmetry\n$|J - J^T|\\,/\\,|J|$")
-    grid[1, 0].set_ylabel("cosine of written\nand read weights")
-    grid[2, 0].set_ylabel("tokens whose\nenergy falls")
-    grid[0, 0].set_ylim(-0.06, 1.62)
-    grid[1, 0].set_ylim(-1.08, 1.08)
-    grid[2, 0].set_ylim(-0.05, 1.05)
-    grid[2, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    right = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    grid[0, -1].legend(handles=_marks("context held", "nothing held"), **right)
-    kinds = [
-        _mark(color=color, label=label)
-        for color, label in ((_LOOKS, "looks back"), (_ALONE, "does not"))
-    ]
-    grid[1, -1].legend(handles=kinds, **right)
-    grid[2, -1].legend(
-        handles=_marks("own or fitted\nenergy", "tied energy,\nas it stands"), **right
-    )
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        column[-1].set_xticks(range(len(report)), labels, **turned)
+        column[-1].set_xlim(-0.6, len(report) - 0.4)
+    for row, (_, label, limits, legend) in zip(grid, panels, strict=True):
+        row[0].set_ylabel(label)
+        row[0].set_ylim(limits)
+        row[-1].legend(handles=legend, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    grid[-1, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
 def _mark(**options) -> Line2D:
-    return Line2D([], [], marker="o", linestyle="", **options)
+    return Line2D([], [], **{"marker": "o", "linestyle": ""} | options)
 
 
 def _marks(dots: str, rings: str) -> list[Line2D]:
@@ -97,16 +87,18 @@ def _both(ax, report, dots, rings) -> None:
         if (value := rings(row)) is not None:
             ax.plot(x, value, "o", color=color, markerfacecolor="none", markersize=7, zorder=3)
         if (value := dots(row)) is not None:
-            ax.plot(x, value, "o", color=color, markersize=4, zorder=4, clip_on=False)
+            ax.plot(x, value, "o", color=color, markersize=4, zorder=4)
+
+
+def _line(ax, height: float, style: str = "-", said: str = "") -> None:
+    ax.axhline(height, color="0.6", linewidth=0.8, linestyle=style, zorder=1)
+    where = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+    ax.annotate(said, (1, height), (0, 6), fontsize=7, color="0.45", ha="right", **where)
 
 
 def _antisymmetry(ax, report) -> None:
-    ax.axhline(math.sqrt(2), color="0.6", linewidth=0.8, linestyle="--", zorder=1)
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=1)
-    note = {"fontsize": 7, "color": "0.45", "xycoords": ax.get_yaxis_transform(), "ha": "right"}
-    note |= {"textcoords": "offset points", "va": "bottom"}
-    ax.annotate("random matrix", (1, math.sqrt(2)), (0, 4), **note)
-    ax.annotate("gradient", (1, 0), (0, 4), **note)
+    _line(ax, math.sqrt(2), "--", "random matrix")
+    _line(ax, 0, said="gradient")
     _both(
         ax,
         report,
@@ -116,13 +108,14 @@ def _antisymmetry(ax, report) -> None:
 
 
 def _ties(ax, report) -> None:
-    ax.axhline(0, color="0.6", linewidth=0.8, zorder=1)
+    _line(ax, 0)
+    if all(row.tie is None for row in report):
+        middle = {"ha": "center", "va": "center", "transform": ax.transAxes}
+        ax.text(0.5, 0.7, "not compared", fontsize=7, color="0.45", **middle)
     for x, row in enumerate(report):
-        color = _color(row)
-        if row.kind == "energy":
-            ax.plot(x, 1.0, "o", color=color, markersize=4, zorder=4)
         if row.tie is None:
             continue
+        color = _color(row)
         errors, shares = row.tie.errors.double().numpy(), row.tie.shares.double().numpy()
         cosines = np.sign(shares) * np.sqrt(np.clip(1 - errors**2, 0, 1))
         if row.kind == "attention":
@@ -134,11 +127,54 @@ def _ties(ax, report) -> None:
             ax.plot(x, middle, "o", color=color, markersize=4, zorder=4)
 
 
+def _alignment(ax, report) -> None:
+    _line(ax, 0)
+    _both(
+        ax,
+        report,
+        lambda row: row.fitted and float(row.fitted.alignment.nanmean()),
+        lambda row: row.tied and float(row.tied.alignment.nanmean()),
+    )
+
+
 def _down(ax, report) -> None:
-    ax.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--", zorder=1)
+    _line(ax, 0.5, "--")
     _both(
         ax,
         report,
         lambda row: row.fitted and row.fitted.share_down,
         lambda row: row.tied and row.tied.share_down,
     )
+
+
+# What is drawn, the name of its axis, the limits, and what dots and rings are.
+_PANELS = (
+    (
+        _antisymmetry,
+        "antisymmetry\n$|J - J^T|\\,/\\,|J|$",
+        (-0.08, 1.68),
+        [
+            *_marks("context, gates held", "other tokens held"),
+            _mark(color=_LOOKS, label="looks at tokens", linestyle="-", marker=""),
+            _mark(color=_ALONE, label="does not", linestyle="-", marker=""),
+        ],
+    ),
+    (
+        _ties,
+        "cosine of written\nand read weights",
+        (-1.1, 1.1),
+        [_mark(color=_LOOKS, label="a head"), _mark(color=_ALONE, label="hidden units")],
+    ),
+    (
+        _alignment,
+        "cosine of update\nand $-dE/dh$",
+        (-1.1, 1.1),
+        _marks("own or fitted energy", "tied energy as it stands"),
+    ),
+    (
+        _down,
+        "tokens whose\nenergy falls",
+        (-0.06, 1.06),
+        _marks("own or fitted energy", "tied energy as it stands"),
+    ),
+)
