@@ -175,6 +175,21 @@ def test_the_estimate_is_within_its_error():
     assert exact.error == 0.0 and abs(errors.mean()) < 1.0 and 0.5 < errors.std() < 1.6
 
 
+@torch.no_grad()
+def test_a_module_that_mixes_tokens_is_refused_behind_a_norm_too():
+    h = draw(2, 5, 6)
+    for norm in (F.layer_norm, F.rms_norm):
+
+        def update(h, norm=norm):
+            return norm(h, (6,)).flip(-2)
+
+        with pytest.raises(ValueError, match="which mixes them"):
+            antisymmetry(update, h, reading="frozen")
+        assert (
+            antisymmetry(lambda h, norm=norm: norm(h, (6,)), h, reading="frozen").relative < 1e-12
+        )
+
+
 def test_a_kernel_without_forward_mode():
     """The gradient of this energy has the log-sum-exp of attention in it."""
     layer, h = derive(energies.sink_interaction)
