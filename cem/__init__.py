@@ -43,6 +43,7 @@ from .preconditioner import (
     NormJacobian,
     ScaledIdentity,
 )
+from .routing import soft_top_k, soft_top_k_sum
 from .trace import EnergyTrace, LayerTrace, trace
 from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov, Proximal
 
@@ -101,6 +102,8 @@ __all__ = [
     "sigmoid",
     "silu",
     "silu_antiderivative",
+    "soft_top_k",
+    "soft_top_k_sum",
     "softplus",
     "softplus_antiderivative",
     "state",
