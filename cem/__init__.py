@@ -43,13 +43,14 @@ from .preconditioner import (
     NormJacobian,
     ScaledIdentity,
 )
-from .routing import soft_top_k, soft_top_k_sum
+from .routing import Adapter, Routed, soft_top_k, soft_top_k_sum
 from .trace import EnergyTrace, LayerTrace, trace
 from .update import AbstractUpdate, GradientDescent, Momentum, Nesterov, Proximal
 
 __all__ = [
     "AbstractPreconditioner",
     "AbstractUpdate",
+    "Adapter",
     "BlockDiagonal",
     "Certificate",
     "Derivation",
@@ -69,6 +70,7 @@ __all__ = [
     "Newton",
     "NormJacobian",
     "Proximal",
+    "Routed",
     "ScaledIdentity",
     "__version__",
     "alibi_slopes",
