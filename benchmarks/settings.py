@@ -28,6 +28,7 @@ class Settings:
         contexts, widths: numbers of tokens seen, and pairs (dim, heads), at which decoding is timed.
         vocab, depth: of the models of ``benchmarks.models``; ``model_seqs`` tokens to train on, ``model_contexts``
             tokens before those that are written.
+        routed_depth: blocks of a stack of ``benchmarks.routing``, which takes the last of ``seqs``.
         sample: seconds that one timed sample lasts at least, by repetition.
         processes, derive_processes: fresh processes for the import, and for each energy.
         energies: names of the gallery energies to derive cold; all if empty.
@@ -60,6 +61,7 @@ class Settings:
     widths: tuple[tuple[int, int], ...] = ((256, 4), (512, 8))
     vocab: int = 4096
     depth: int = 4
+    routed_depth: int = 6
     model_seqs: tuple[int, ...] = (256, 1024)
     model_contexts: tuple[int, ...] = (512, 2048, 8192)
     rounds: int = 60
@@ -101,6 +103,7 @@ class Settings:
             widths=((32, 2),),
             vocab=64,
             depth=1,
+            routed_depth=1,
             model_seqs=(16,),
             model_contexts=(16,),
             rounds=3,

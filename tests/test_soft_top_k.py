@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import cem
+from benchmarks.routing import coordinate_descent
 from cem.routing.running import kept_of, running_choice, running_rank, running_soft_top_k
 from cem.testing import assert_close
 
@@ -124,6 +125,15 @@ def test_it_is_the_gradient_of_a_convex_sum():
     middle = cem.soft_top_k_sum((a + b) / 2, 3)
     assert middle <= (cem.soft_top_k_sum(a, 3) + cem.soft_top_k_sum(b, 3)) / 2
     assert_close(cem.soft_top_k_sum(a, 3, 1e-9), a.topk(3).values.sum(), 1e-6)
+
+
+def test_the_published_iteration_is_not_done():
+    """Coordinate descent reaches the same weights at a high temperature, and is far from them at a usual one."""
+    s = torch.randn(256, dtype=F64)
+    found = coordinate_descent(s, 64, 1.0, iterations=50)
+    assert (found - cem.soft_top_k(s, 64, 1.0)).abs().max() < 1e-9
+    found = coordinate_descent(s, 64, 0.03, iterations=20)
+    assert (found - cem.soft_top_k(s, 64, 0.03)).abs().max() > 0.1
 
 
 def test_refusals():
