@@ -29,7 +29,8 @@ class Potential(NamedTuple):
 
     ``kind`` is ``"exact"`` where y - x = -dV/dx with V a function of all states together, so that the Jacobian of the
     step is symmetric; ``"frozen-context"`` where that holds while what the tokens see, gates and weights stay at the
-    values they have at the input; else ``"none"``.
+    values they have at the input; else ``"none"``. It is about the values of a step: the derivative of a
+    straight-through weight is another on purpose.
     """
 
     kind: str
