@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ def blocks(settings: Settings, causal: bool) -> list[nn.Sequential]:
     for _ in range(settings.routed_depth):
         sizes = {"dim": settings.dim, "norm": nn.RMSNorm, "causal": causal}
         attention = cem.derive(interaction, heads=settings.heads, rank=settings.rank, **sizes)
-        made.append(nn.Sequential(attention, cem.derive(gated_silu, hidden=settings.hidden, **sizes)))
+        made.append(
+            nn.Sequential(attention, cem.derive(gated_silu, hidden=settings.hidden, **sizes))
+        )
     return made
 
 
@@ -66,24 +69,22 @@ def operations(settings: Settings, seq: int, part: int, context: str) -> float:
 def _rows(settings: Settings, context: str, causal: str | None, bars: bool) -> Iterator[Row]:
     seq = settings.seqs[-1]
     kind = {"selected": "k-to-k", "all": "k-to-all"}[context]
-    for part in BARS:
-        dense, routed = stacks(settings, part, context, causal)
-        _, h, weights = inputs(settings, seq)
-        title = f"Time of {settings.routed_depth} dense blocks / the same routed, T={seq}"
+    kind += ", causal by a running threshold" if causal else ""
+    title = f"Time of {settings.routed_depth} dense blocks / the same routed, T={seq}"
+    _, h, weights = inputs(settings, seq)
+
+    def forward(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(h.detach())
+
+    for part, least in BARS.items():
+        models = stacks(settings, part, context, causal)
         counted = operations(settings, seq, part, context)
-        said = f"{kind}{', causal by a running threshold' if causal else ''}, k = T/{part}"
-
-        def forward(model: nn.Module, h: Tensor = h) -> None:
-            with torch.no_grad():
-                model(h.detach())
-
-        pair = interleave(lambda: forward(dense), lambda: forward(routed), settings)
-        least = BARS[part] if bars else None
-        yield of_pair(title, f"{said}, forward, counted {counted:.1f}x", pair, least=least)
-        pair = interleave(
-            lambda: backward(dense, h, weights), lambda: backward(routed, h, weights), settings
-        )
-        yield of_pair(title, f"{said}, forward and backward", pair)
+        pair = interleave(*(partial(forward, model) for model in models), settings)
+        what = f"{kind}, k = T/{part}, forward, counted {counted:.1f}x"
+        yield of_pair(title, what, pair, least=least if bars else None)
+        pair = interleave(*(partial(backward, model, h, weights) for model in models), settings)
+        yield of_pair(title, f"{kind}, k = T/{part}, forward and backward", pair)
 
 
 def selected(settings: Settings) -> Iterator[Row]:

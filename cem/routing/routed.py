@@ -168,7 +168,7 @@ class Routed(nn.Module):
         return s.to(torch.promote_types(s.dtype, torch.float32))
 
     def choose(self, s: Tensor, u: Tensor, real: Tensor | None) -> Choice:
-        """The choice by scores (B, S) among the tokens u (B, T, D); those that are not ``real``, (B, S), are left out."""
+        """The choice by scores (B, S) among the tokens u (B, T, D) that are ``real``, (B, S)."""
         choice = self.router.choose(s, u, real, every=self.weight == "dense")
         self.choice = choice._replace(weight=choice.weight.detach())
         # A causal layer counts the places of its rows from the end of the context, so all of them must be in order.
