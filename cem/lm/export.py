@@ -14,7 +14,7 @@ from string import Template
 
 from transformers import AutoConfig, AutoTokenizer
 
-from cem.layer import EnergyLayer
+from cem import EnergyLayer, Routed
 
 from .config import CEMConfig
 from .layers import Residual
@@ -109,6 +109,11 @@ def modeling(model: CEMForCausalLM) -> str:
     for block in model.model.layers:
         row = []
         for name, part in block.parts.items():
+            if isinstance(part, Routed):
+                raise ValueError(
+                    f"block {block.index}, part `{name}` cannot be exported: a router stands before it; keep it with"
+                    " `model.save_pretrained` and load it with cem"
+                )
             if isinstance(part, EnergyLayer):
                 check(part, f"block {block.index}, part `{name}`")
                 written = Written(part, sources)

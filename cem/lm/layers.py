@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import cem
 
+from .routed import routed
+
 RULES = {
     rule.__name__: rule for rule in (cem.GradientDescent, cem.Momentum, cem.Nesterov, cem.Newton)
 }
@@ -32,6 +34,7 @@ OPTIONS = (
     "learn",
     "steps",
     "refresh",
+    "routed",
 )
 
 
@@ -70,7 +73,9 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
     - ``preconditioner``: likewise; the identity if it is missing;
     - ``init``: a factor on the standard deviations at which parameters start, or a mapping from their names to
       factors;
-    - ``learn``, ``steps``, ``refresh``: as in :func:`cem.derive`.
+    - ``learn``, ``steps``, ``refresh``: as in :func:`cem.derive`;
+    - ``routed``: a mapping such as ``{"capacity": 0.33}``, see :func:`cem.lm.routed.routed`: the layer takes a share of
+      the tokens, and is inside a :class:`~cem.Routed`.
 
     Args:
         description: the mapping.
@@ -114,10 +119,11 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
             **sizes,
             **options,
         )
+        made = routed(layer, description["routed"], eps) if "routed" in description else layer
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     scale_start(layer, description.get("init", 1.0), where)
-    return layer
+    return made
 
 
 def usual_sizes(dim: int, heads: int | None = None) -> dict[str, int]:
@@ -192,12 +198,15 @@ def llama_part(description: Mapping[str, Any], config, where: str, slot: int) ->
     return part
 
 
-def why_no_cache(layer: cem.EnergyLayer) -> str | None:
+def why_no_cache(layer: cem.EnergyLayer | cem.Routed) -> str | None:
     """Why a layer cannot go on from a cache of transformers, or None where it can.
 
     >>> print(why_no_cache(derived({"energy": "interaction", "update": "Newton"}, 8, 1e-6)))
     layer `interaction` asks for energies or Hessians in its steps, which a cache does not keep: ...
     """
+    if isinstance(layer, cem.Routed):
+        name = layer.layer.energy_function.name
+        return f"routed layer `{name}` compares scores with earlier ones, which no layer of a cache holds"
     try:
         kinds = layer.init_cache(1, 1).kinds
     except ValueError as error:

@@ -32,11 +32,12 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from cem.layer import EnergyLayer
+from cem import EnergyLayer, Routed
 
 from .cache import CACHE, HeldByTransformers, hold_states
 from .config import CEMConfig
 from .layers import Residual, derived, llama_part, why_no_cache
+from .routed import heavy, seen_by
 from .view import View, view_of
 
 logger = logging.get_logger(__name__)
@@ -55,10 +56,12 @@ class CEMBlock(GradientCheckpointingLayer):
                 part, name = llama_part(description, config, where, slot), description["module"]
             else:
                 part = derived(description, config.hidden_size, config.norm_eps, where)
-                name = description.get("name", part.energy_function.name)
+                name = description.get("name", heavy(part).energy_function.name)
                 # How each module of the layer is drawn afresh, for weights that a checkpoint lacks.
                 for path, inner in part.named_modules():
-                    inner.drawn = partial(_drawn, description, part.dim, config.norm_eps, path)
+                    inner.drawn = partial(
+                        _drawn, description, heavy(part).dim, config.norm_eps, path
+                    )
             while name in self.parts:
                 name += "_"
             self.parts[name] = part
@@ -83,6 +86,8 @@ class CEMBlock(GradientCheckpointingLayer):
                         "position_embeddings": turns,
                         CACHE: cache,
                     }
+            elif isinstance(part, Routed):
+                inputs = seen_by(part, view)
             else:
                 if part.energy_function.has_positions and not view.counted:
                     inputs["positions"] = view.positions
@@ -102,7 +107,9 @@ def _drawn(description: dict, dim: int, eps: float, path: str) -> nn.Module:
 
 def has_context(part: nn.Module) -> bool:
     """Whether a part of a block looks at other tokens."""
-    return part.context if isinstance(part, Residual) else part.energy_function.context is not None
+    if isinstance(part, Residual):
+        return part.context
+    return heavy(part).energy_function.context is not None
 
 
 class CEMPreTrainedModel(PreTrainedModel):
@@ -149,7 +156,10 @@ class CEMModel(CEMPreTrainedModel):
         parts = [block.parts[name] for block in self.layers for name in block.looking]
         energies = {at: part for at, part in enumerate(parts) if isinstance(part, EnergyLayer)}
         # Why no cache can be kept, which of its layers hold states, and whether positions of what it holds are read.
-        self.no_cache = next(filter(None, map(why_no_cache, energies.values())), None)
+        every = [part for block in self.layers for part in block.parts.values()]
+        routed = [part for part in every if isinstance(part, Routed)]
+        self.no_cache = next(filter(None, map(why_no_cache, (*energies.values(), *routed))), None)
+        self.chooses = bool(routed)
         decodings = {
             at: part.lowering.decoding for at, part in energies.items() if not self.no_cache
         }
@@ -192,7 +202,7 @@ class CEMModel(CEMPreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and self.no_cache:
             raise ValueError(self.no_cache)
-        stateful = bool(self.stateful and (use_cache or cache is not None))
+        stateful = bool(self.stateful and (use_cache or cache is not None)) or self.chooses
         view = view_of(
             self.config,
             h,

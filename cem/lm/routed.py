@@ -1,0 +1,61 @@
+"""A part of a block for a share of the tokens, from its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+import cem
+
+OPTIONS = ("bottleneck", "capacity", "context", "eps", "tie", "weight")
+BOTTLENECK = 64
+
+
+def routed(layer: cem.EnergyLayer, options: Mapping[str, Any], eps: float) -> cem.Routed:
+    """A layer behind a router that does not look ahead: the best share of the tokens up to each one take its step.
+
+    The keys of ``options`` are ``capacity``, the share, which must be given; ``bottleneck``, the units of the adapter
+    of all tokens, 64 if missing, and none where it is 0; ``tie``, whether that is an energy; and ``context``,
+    ``weight`` and ``eps`` as in :class:`cem.Routed`.
+
+    Args:
+        layer: the layer.
+        options: the mapping.
+        eps: of the norm through which router and adapter read the state.
+
+    Raises:
+        ValueError: an unknown key or a bad value, no share.
+
+    >>> layer = cem.derive(cem.energies.interaction, dim=8, heads=2, rank=4)
+    >>> routed(layer, {"capacity": 0.5, "bottleneck": 0}, 1e-6).router.capacity
+    0.5
+    """
+    if not isinstance(options, Mapping) or "capacity" not in options:
+        raise ValueError(
+            f"`routed` is a mapping with a share of the tokens: got {options!r}; type `routed: {{capacity: 0.33}}`"
+        )
+    for key in options:
+        if key not in OPTIONS:
+            raise ValueError(f"`routed` has the keys {list(OPTIONS)}: got {key!r}; leave it out")
+    own = dict(options)
+    width, tie = own.pop("bottleneck", BOTTLENECK), own.pop("tie", False)
+    adapter = cem.Adapter(layer.dim, width, tie) if width else None
+    norm = nn.RMSNorm(layer.dim, eps=eps)
+    return cem.Routed(
+        layer, float(own.pop("capacity")), adapter, causal="threshold", norm=norm, **own
+    )
+
+
+def heavy(part: nn.Module) -> nn.Module:
+    """The layer inside a routed part, any other part as it is."""
+    return part.layer if isinstance(part, cem.Routed) else part
+
+
+def seen_by(part: cem.Routed, view) -> dict:
+    """What a routed part is called with, from a :class:`~cem.lm.view.View`: padding is not chosen."""
+    found = {"visible": view.visible if view.padding is None else view.padding}
+    if part.layer.energy_function.has_positions and not view.counted:
+        found["positions"] = view.positions
+    return found

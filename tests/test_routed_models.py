@@ -1,0 +1,100 @@
+"""Language models with routed parts: described as data, trained, saved, and written with."""
+
+import pytest
+import torch
+from language_models import ATTENTION, MLP, config, model, tokens
+
+import cem
+from cem.hf import CEMForCausalLM, export
+from cem.testing import assert_close
+
+CHOICE = {"capacity": 0.4, "bottleneck": 4}
+BLOCK = [{**ATTENTION, "routed": CHOICE}, {**MLP, "routed": {**CHOICE, "tie": True}}]
+BLOCKS = [BLOCK, [ATTENTION, MLP], [{**ATTENTION, "routed": {**CHOICE, "context": "selected"}}]]
+
+
+def test_a_part_is_routed_by_its_description():
+    made = model(BLOCK)
+    parts = made.model.layers[0].parts
+    assert list(parts) == ["rotary_interaction", "gated_silu"]
+    assert all(isinstance(part, cem.Routed) for part in parts.values())
+    assert parts["gated_silu"].adapter.tie and parts["gated_silu"].router.causal == "threshold"
+    ids = tokens()
+    made(ids)
+    assert 0 < parts["gated_silu"].choice.weight.count_nonzero() < ids.numel()
+    full = model([{**part, "routed": {"capacity": 1.0}} for part in (ATTENTION, MLP)])
+    dense = model([ATTENTION, MLP])
+    names = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, parameter in full.named_parameters():
+            if (plain := name.replace(".layer.", ".")) in names:
+                parameter.copy_(names.pop(plain))
+    assert not names and torch.equal(full(ids).logits, dense(ids).logits)
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    made = CEMForCausalLM(config(BLOCKS, initializer_range=0.1))
+    ids = torch.tensor([[5, 7, 11, 3, 2, 30, 9, 1] * 3]).expand(2, -1)
+    optimizer = torch.optim.AdamW(made.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        loss = made(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_generate_is_the_whole_sequence():
+    made, ids = model(BLOCKS), tokens()
+    written = made.generate(ids, max_new_tokens=6, do_sample=False)
+    for place in range(9, 15):
+        assert torch.equal(made(written[:, :place]).logits[:, -1].argmax(-1), written[:, place])
+    with pytest.raises(
+        ValueError, match="routed layer `rotary_interaction` compares scores with ear"
+    ):
+        from transformers import DynamicCache
+
+        from cem.lm.cache import CACHE
+
+        made(ids, **{CACHE: DynamicCache()})
+
+
+def test_padding_and_documents():
+    made, ids = model(BLOCKS), tokens()
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)], 1)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = made(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+    assert_close(found, made(ids).logits, 1e-12)
+
+
+def test_it_is_saved(tmp_path):
+    made, ids = model(BLOCKS), tokens()
+    made.save_pretrained(tmp_path)
+    again = CEMForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in made.state_dict().items())
+    assert_close(again(ids).logits, made(ids).logits, 1e-12)
+    assert again.config.blocks == BLOCKS
+    with pytest.raises(ValueError, match="cannot be exported: a router stands before it; keep it"):
+        export(made, tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("routed", "match"),
+    [
+        (
+            {"bottleneck": 4},
+            "block 0, part 0: `routed` is a mapping with a share .* type `routed: ",
+        ),
+        ({**CHOICE, "rate": 1}, "`routed` has the keys .*: got 'rate'; leave it out"),
+        ({**CHOICE, "capacity": 2}, "block 0, part 0: `capacity` is a share of the tokens"),
+        ({**CHOICE, "context": "some"}, '`context` is "all" or "selected": got \'some\''),
+    ],
+)
+def test_refusals(routed, match):
+    with pytest.raises(ValueError, match=match):
+        model([{**ATTENTION, "routed": routed}])
