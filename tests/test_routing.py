@@ -233,6 +233,21 @@ def test_it_is_a_module():
     assert low(h.bfloat16()).dtype == torch.bfloat16
 
 
+def test_autocast_and_compile():
+    branch = nn.Linear(D, D)
+    model = cem.Routed(branch, 0.4, cem.Adapter(D, 3), dim=D, branch=True, causal="threshold")
+    h = torch.randn(B, T, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(h)
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    assert_close(out, model(h), 2e-2)
+    encoder = cem.Routed(cem.derive(energies.gated_silu, dim=D, hidden=9), 0.4, cem.Adapter(D, 3))
+    with torch.no_grad():
+        compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+        assert_close(compiled(h), encoder(h), 1e-5)
+
+
 def test_refusals():
     with pytest.raises(
         ValueError, match="is causal, and the best of a whole sequence .* type `causal="

@@ -183,7 +183,8 @@ class Routed(nn.Module):
         if self.weight == "straight_through":
             through = 1 + (weight - weight.detach())
             weight = through if choice.present is None else through * choice.present
-        after = torch.lerp(before, after, weight[..., None].to(after.dtype))
+        after = after.to(before.dtype)  # autocast may have changed it
+        after = torch.lerp(before, after, weight[..., None].to(before.dtype))
         return self._lightly(rows.put(h, after), u)
 
     def _lightly(self, h: Tensor, u: Tensor) -> Tensor:

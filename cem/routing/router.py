@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .running import kept_of, running_choice, running_soft_top_k
+from .running import ROUNDING, kept_of, running_choice, running_soft_top_k
 from .top_k import soft_top_k, soft_top_k_level
 
 CAUSAL = (None, "threshold", "fixed", "predictor")
@@ -154,18 +154,19 @@ class Router(nn.Module):
             index = None
         return Choice(index, weight, present)
 
-    def kept(self, real: Tensor | None, count: int) -> Tensor:
-        """How many of ``count`` tokens are chosen, () or, where some are padding, (B,)."""
-        return self._kept(torch.as_tensor(count) if real is None else real.sum(-1))
-
-    def _kept(self, count: Tensor) -> Tensor:
+    def kept(self, real: Tensor | None, count: int) -> int | Tensor:
+        """How many of ``count`` tokens are chosen; where some are padding, of each sequence, (B,)."""
+        if real is None:
+            if isinstance(self.capacity, int):
+                return min(count, self.capacity)
+            return max(1, math.ceil(count * self.capacity - ROUNDING))
         if isinstance(self.capacity, int):
-            return count.clamp(max=self.capacity).double()
-        return kept_of(self.capacity, count)
+            return real.sum(-1).clamp(max=self.capacity)
+        return kept_of(self.capacity, real.sum(-1))
 
     def _of_the_sequence(self, scores: Tensor, real: Tensor | None, every: bool) -> tuple:
         B, T = scores.shape
-        most = int(self.kept(None, T))
+        most = self.kept(None, T)
         k = most if real is None else self.kept(real, T)
         weight = soft_top_k(scores, k, self.eps, mask=real)
         if every:
@@ -193,7 +194,7 @@ class Router(nn.Module):
         )
         with torch.no_grad():
             masked = scores if real is None else scores.masked_fill(~real, -torch.inf)
-            k = self.kept(real, scores.shape[1]).to(scores).expand(len(scores))
+            k = torch.as_tensor(self.kept(real, scores.shape[1])).to(scores).expand(len(scores))
             level = soft_top_k_level(masked, k, self.eps).mean()
             if level.isfinite():
                 self.calls += 1
@@ -205,9 +206,9 @@ class Router(nn.Module):
     def calibrate(self, scores: Tensor, real: Tensor | None = None) -> None:
         """Set threshold and level to those of the top-k over all the given scores together."""
         flat = scores.flatten() if real is None else scores[real]
-        k = self._kept(torch.as_tensor(len(flat)))
-        self.threshold.fill_(flat.topk(int(k)).values[-1])
-        self.level.fill_(soft_top_k_level(flat, k.to(flat), self.eps))
+        k = self.kept(None, len(flat))
+        self.threshold.fill_(flat.topk(k).values[-1])
+        self.level.fill_(soft_top_k_level(flat, torch.tensor(k).to(flat), self.eps))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "loss": None}  # a copy carries no graph

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from .top_k import tiny
 
+ROUNDING = 1e-9
+"""0.1 times 30 is a little above 3."""
 BLOCK = 1 << 17
 """Pairs of tokens that are looked at together: what fits a cache of a processor."""
 
@@ -24,7 +26,7 @@ def kept_of(share: float, count: Tensor) -> Tensor:
     >>> kept_of(0.3, torch.tensor([1, 10, 11])).tolist()
     [1.0, 3.0, 4.0]
     """
-    return (count.double() * share - 1e-9).ceil().clamp(min=1)
+    return (count.double() * share - ROUNDING).ceil().clamp(min=1)
 
 
 def running_choice(scores: Tensor, share: float, new: int, real: Tensor | None = None) -> Tensor:
