@@ -4,12 +4,18 @@ Legend: B batch, T tokens, D dim.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import cem
+from benchmarks import layers
+from benchmarks import routing as benchmark
+from benchmarks.settings import Settings
 from cem import energies
 from cem.testing import assert_close
 
@@ -285,3 +291,27 @@ def test_refusals():
         routed(mlp())(states(), visible=torch.ones(T))
     with pytest.raises(ValueError, match=r"takes `positions` of shape \(2, 11\): got \(3,\)"):
         routed(attention())(states(), positions=torch.arange(3))
+
+
+@pytest.mark.parametrize("context", ["selected", "all"])
+def test_the_benchmark_counts_what_it_times(context):
+    settings = replace(Settings().quick(), dim=24, hidden=40, rank=12, batch=1, seqs=(48,))
+    h, counted = torch.randn(1, 48, 24), []
+    for model in benchmark.stacks(settings, 3, context, None):
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+            torch.no_grad(),
+        ):
+            model(h)
+        counted.append(counter.get_total_flops())
+    said = benchmark.operations(settings, 48, 3, context)
+    scores = 2 * 48 * 24  # the counter leaves out products with a vector
+    assert counted[0] / (counted[1] + scores) == pytest.approx(said, rel=1e-12)
+
+
+def test_the_benchmark_runs(capsys):
+    sections = ("selected", "weights")
+    settings = replace(Settings().quick(), rounds=2, least_rounds=2, sections=sections)
+    found = layers.run(settings, sections=benchmark.SECTIONS)
+    assert len(found["rows"]) == 6 + 4 == len(capsys.readouterr().err.splitlines())
