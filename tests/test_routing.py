@@ -289,6 +289,9 @@ def test_refusals():
         routed(mlp()).calibrate(states())
     with pytest.raises(TypeError, match="takes a bool `visible`: got torch.float32; type"):
         routed(mlp())(states(), visible=torch.ones(T))
+    with pytest.raises(ValueError, match="got `document_ids` and `context`; hide tokens of the"):
+        ids = torch.zeros(T, dtype=torch.long)
+        routed(attention())(states(), context=states(), document_ids=ids)
     with pytest.raises(ValueError, match=r"takes `positions` of shape \(2, 11\): got \(3,\)"):
         routed(attention())(states(), positions=torch.arange(3))
 

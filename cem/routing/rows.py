@@ -60,6 +60,11 @@ class Given:
                 )
             return given.expand(*lead, length).reshape(-1, length)
 
+        if context is not None and document_ids is not None:
+            raise ValueError(
+                "documents are those of the tokens themselves: got `document_ids` and `context`; hide tokens of the"
+                " context by `visible`"
+            )
         if context is not None:
             context = context.reshape(-1, *context.shape[-2:])
         if visible is not None and visible.dtype != torch.bool:
