@@ -129,8 +129,9 @@ def test_what_a_cache_holds():
 
 
 @pytest.mark.parametrize("context", ["all", "selected"])
-def test_decoding_beside_padding(context):
-    model, h = made("stack", "threshold", context), states()
+@pytest.mark.parametrize("causal", ["threshold", "fixed"])
+def test_decoding_beside_padding(causal, context):
+    model, h = made("stack", causal, context), states()
     visible = torch.arange(T) >= torch.tensor([[0], [4]])
     found, _ = decoded(model, h, (6, 1, 1, 1, 4), visible=visible)
     whole = model(h, visible=visible)

@@ -125,7 +125,7 @@ class Router(nn.Module):
         """The choice among the last T tokens.
 
         Args:
-            scores: (B, S) of all tokens so far.
+            scores: (B, S) of all tokens so far; of the last T alone where earlier ones are not compared with.
             u: (B, T, D), what the new tokens are read as.
             real: bool (B, S), False for padding, which is not chosen.
             every: choose all tokens, with the weights of the soft top-k.
@@ -141,7 +141,7 @@ class Router(nn.Module):
                 chosen = own >= self.threshold
             else:
                 chosen = self.predictor(u)[..., 0] > 0
-            chosen = chosen if real is None else chosen & real[:, S - T :]
+            chosen = chosen if real is None else chosen & real[:, -T:]
             index, present = _gathered(chosen)
             weight = ((own.gather(1, index) + self.level) / self.eps).clamp(max=0).exp()
         else:
