@@ -12,7 +12,7 @@ dim, heads, hidden = cem.dims("dim heads hidden")
 h, x = cem.state(dim), cem.context(dim)
 i, j, s = dim.index("i"), dim.index("j"), x.index("s")
 a, c, m = heads.index("a"), heads.index("c"), hidden.index("m")
-SIZES = {dim: 4, heads: 3, hidden: 5}
+SIZES = {dim: 4, heads: 3, hidden: 5, cem.Dim("tokens"): 6}
 
 
 def scores(n):
@@ -29,6 +29,12 @@ def one_parameter(name):
     base = cem.parameter(name, hidden, dim)
     up = Sum(base[m, i] * h[i], i)
     return -Sum(cem.antiderivative(cem.relu)(up), m)
+
+
+def a_size_called(name):
+    size = cem.Dim(name)
+    base, n = cem.parameter("U", size, dim), size.index("n")
+    return -Sum(cem.relu(Sum(base[n, i] * h[i], i)) * cem.relu(Sum(base[n, j] * x[s, j], j)), n, s)
 
 
 def masked_sum(name):
@@ -48,6 +54,7 @@ ENERGIES = {
         Sum(h[i] * x[s, i] * (h[i] + Sum(h[j] * x[s, j], j)), i), s
     ),
     "one letter for the head and a sum": head_in_head(),
+    "the tokens' own size": a_size_called("tokens"),
     "keywords": one_parameter("Lambda") + one_parameter("In"),
     "the mask's own name": masked_sum("mask"),
     "lines of 97 and more": two_long_names(40),

@@ -26,7 +26,7 @@ from ..language.symbols import (
 from ..language.tokens import Decay
 
 BATCH = index("batch", Dim("batch"))
-TOKEN = index("t", Dim("tokens"))
+TOKEN = index("token", Dim("tokens"))
 
 # Sizes that are unknown until a batch arrives, for choosing the order of a product.
 TYPICAL = {BATCH: 8, TOKEN: 512}
