@@ -40,7 +40,7 @@ FLOORS = (
     ("descent", "line_search", "newton"),
     ("cache",),
     ("layer",),
-    ("fixed_point", "trace", "growth", "routing", "analysis", "testing"),
+    ("fixed_point", "trace", "growth", "routing", "analysis", "testing", "token_parameters"),
     ("allocation",),
     ("__init__",),
     ("energies",),
