@@ -43,7 +43,7 @@ def assert_close(
     error = relative_error(actual, expected)
     if error <= rtol:
         return error
-    difference = float((actual.double() - expected.double()).abs().max())
+    difference = float((actual.detach().double() - expected.detach().double()).abs().max())
     if not difference <= atol:
         raise AssertionError(
             f"{name}: the relative error is {error:.3g}, more than {rtol:.3g}"
