@@ -53,6 +53,15 @@ from .structured_interaction import (
     tempered_interaction,
 )
 from .subspace_compression import subspace_compression
+from .token_parameters import (
+    consistent_token_parameters,
+    consistent_token_parameters_by,
+    token_parameters,
+    token_parameters_by,
+    token_parameters_relu,
+    unnormalised_token_parameters,
+    unnormalised_token_parameters_by,
+)
 from .two_sided_gated import (
     two_sided_gated,
     two_sided_gated_by,
@@ -65,6 +74,8 @@ from .two_sided_gated import (
 __all__ = [
     "alibi_interaction",
     "collaborative_interaction",
+    "consistent_token_parameters",
+    "consistent_token_parameters_by",
     "dense_interaction",
     "diagonal_interaction",
     "diagonal_plus_low_rank",
@@ -116,11 +127,16 @@ __all__ = [
     "symmetric_interaction",
     "symmetrised_interaction",
     "tempered_interaction",
+    "token_parameters",
+    "token_parameters_by",
+    "token_parameters_relu",
     "two_sided_gated",
     "two_sided_gated_by",
     "two_sided_gated_gelu",
     "two_sided_gated_relu",
     "two_sided_gated_sigmoid",
     "two_sided_gated_silu",
+    "unnormalised_token_parameters",
+    "unnormalised_token_parameters_by",
     "untied_interaction",
 ]

@@ -25,10 +25,11 @@ SIZES = {
     "experts": 3,
     "features": 8,
     "buckets": 32,
+    "tokens": 10,
 }
 
-dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
-    "dim heads rank hidden block groups per_group features"
+dim, heads, rank, hidden, block, groups, per_group, features, tokens = cem.dims(
+    "dim heads rank hidden block groups per_group features tokens"
 )
 
 
@@ -58,6 +59,22 @@ def plain_twin(F):
         return -F(torch.nn.functional.linear(h, U)).sum()
 
     return plain
+
+
+def token_parameters_twin(F, frozen=False):
+    @cem.energy(h="dim", K="tokens dim")
+    def token_parameters(h, *, K, scale=tokens**0.5, eps=1e-12):
+        squares = (K @ (h.detach() if frozen else h)).square().sum()
+        r = torch.sqrt(squares + eps)
+        z = F(scale * (K @ h) / r)
+        return -r / scale * (z if frozen else z + 0.25).sum()  # F(0) = -1/4 for gelu
+
+    return token_parameters
+
+
+@cem.energy(h="dim", K="tokens dim", gain="tokens")
+def unnormalised_token_parameters_twin(h, *, K, gain):
+    return -torch.dot(gain, cem.gelu_antiderivative(K @ h))
 
 
 # -- twins: symbolic pen of what the gallery writes in torch -------------------------------------
@@ -391,6 +408,10 @@ TWINS = {
     "plain_gelu": plain_twin(cem.gelu_antiderivative),
     "plain_silu": plain_twin(cem.silu_antiderivative),
     "plain_softplus": plain_twin(cem.softplus_antiderivative),
+    "token_parameters": token_parameters_twin(cem.gelu_antiderivative, frozen=True),
+    "token_parameters_relu": token_parameters_twin(cem.relu_antiderivative, frozen=True),
+    "consistent_token_parameters": token_parameters_twin(cem.gelu_antiderivative),
+    "unnormalised_token_parameters": unnormalised_token_parameters_twin,
     "memory": memory_twin(),
     "mixture_of_experts": mixture_of_experts_twin(F.silu),
     "mixture_of_experts_silu": mixture_of_experts_twin(F.silu),

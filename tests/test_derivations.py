@@ -29,6 +29,7 @@ PAGES = (
     "rotary_attention",
     "linear_attention",
     "energy_transformer",
+    "token_parameters",
 )
 CONCRETE = {
     "dim": 3,
@@ -43,6 +44,7 @@ CONCRETE = {
     "experts": 2,
     "features": 2,
     "buckets": 32,
+    "tokens": 2,
 }
 THEOREMS = ("certificate",)
 
@@ -134,6 +136,7 @@ def test_page_runs_by_its_dotted_name():
             {"matmul", "sdpa"},
         ),
         ("memory", {"U": (17, 13)}, {"matmul"}),
+        ("token_parameters", {"K": (17, 13)}, {"matmul"}),
         ("mixture_of_experts", {"U": (3, 7, 13), "G": (3, 7, 13)}, {"einsum", "matmul"}),
         ("ista", {"D": (5, 13), "A": (5, 13)}, {"matmul"}),
         (
@@ -165,7 +168,7 @@ def test_page_runs_by_its_dotted_name():
     ],
 )
 def test_parameters_and_kernels(name, shapes, kernels):
-    """2 matrices for attention, 2 for a gated MLP, 1 for the memory; the others are tied."""
+    """2 matrices for attention, 2 for a gated MLP, 1 for a memory or tokens; the others are tied."""
     layer = page(name).layer()
     assert {key: tuple(value.shape) for key, value in layer.named_parameters()} == shapes
     assert layer.lowering.kind == "fused"

@@ -69,6 +69,7 @@ CONCAVE = {
     "plain",
     "plain_relu",
     "plain_softplus",
+    "token_parameters_relu",
 }
 CONVEX = {"quadratic_well", "sparse_coding", "sparsification"}
 # A concave energy and a parabola of curvature 1: no rule says what it is, yet steps up to 2 descend.

@@ -22,6 +22,7 @@ LETTERS = {
     "hidden": "mn",
     "block": "bp",
     "groups": "gf",
+    "tokens": "no",
 }
 """Names of bound indices by the name of their size; any other size uses its own first letter."""
 

@@ -55,9 +55,9 @@ class TokenParameterAttention(nn.Module):
             norm to add it to.
 
     >>> import torch
-    >>> layer = TokenParameterAttention(8, 6, tokens=32)
-    >>> layer(torch.zeros(3, 8)).shape, layer.scale.item() ** 2
-    (torch.Size([3, 6]), 32.0)
+    >>> layer = TokenParameterAttention(8, 6, tokens=64)
+    >>> layer(torch.zeros(3, 8)).shape, layer.scale.item()
+    (torch.Size([3, 6]), 8.0)
 
     Source: Wang et al., TokenFormer, arXiv:2410.23168, equations 4 to 6, and its published code.
     """
