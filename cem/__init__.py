@@ -117,7 +117,7 @@ __all__ = [
 
 def __getattr__(name: str):
     # What is not always needed is imported when it is first asked for.
-    if name in ("analysis", "plot", "testing", "energies", "derivations"):
+    if name in ("analysis", "plot", "testing", "token_parameters", "energies", "derivations"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
