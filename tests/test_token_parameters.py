@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.tokens import MLP, kept
 from cem.testing import assert_close
 from cem.token_parameters import TokenformerBlock, TokenParameterAttention, tokenformer
 
@@ -159,6 +160,14 @@ def test_published_start():
     kept = TokenParameterAttention(256, 256, 1024, scale=7.0).state_dict()
     layer.load_state_dict(kept)
     assert layer.scale.item() == 7.0
+
+
+@pytest.mark.parametrize("normaliser", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_training_keeps_two_hidden_tensors_as_an_mlp_does(normaliser):
+    layer = TokenParameterAttention(16, 16, 256, normaliser=normaliser)
+    mlp, x = MLP(layer.K, layer.V), torch.randn(64, 16, requires_grad=True)
+    assert kept(mlp, x) == 2 * 64 * 256 * 4
+    assert kept(layer, x) <= kept(mlp, x) + 2 * 64 * 4 + 64
 
 
 @pytest.mark.slow
