@@ -6,6 +6,7 @@ from .certificate import Certificate
 from .derivation import Derivation
 from .energy import Energy, energy
 from .fixed_point import FixedPoint
+from .growth import Growth, grow, warm_restart
 from .language.entmax import entmax_conjugate
 from .language.positions import alibi_slopes, lookup, position, rope, t5_bucket
 from .language.reductions import logsumexp
@@ -62,6 +63,7 @@ __all__ = [
     "EnergyTrace",
     "FixedPoint",
     "GradientDescent",
+    "Growth",
     "LayerTrace",
     "LineSearch",
     "LoweringError",
@@ -86,6 +88,7 @@ __all__ = [
     "gelu",
     "gelu_antiderivative",
     "gelu_tanh",
+    "grow",
     "index",
     "indicator",
     "log_cosh",
@@ -112,6 +115,7 @@ __all__ = [
     "step",
     "t5_bucket",
     "trace",
+    "warm_restart",
 ]
 
 

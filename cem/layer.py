@@ -17,6 +17,7 @@ from .cache import Cache, decode, new_cache
 from .certificate import certify
 from .descent import LayerObjective, descend
 from .energy import Energy
+from .growth import Growth, grow_layer
 from .initialisation import initialise
 from .inputs import Reader
 from .language.symbols import Scalar
@@ -25,24 +26,9 @@ from .preconditioner import AbstractPreconditioner, preconditioner_of
 from .sizes import check_maskable, check_names, solve_scalars, solve_sizes, width_of
 from .update import AbstractUpdate, GradientDescent
 
-ATTRIBUTES = (
-    "dim",
-    "context_dim",
-    "reader",
-    "update",
-    "preconditioner",
-    "norm",
-    "lowering",
-    "steps",
-    "causal",
-    "refresh",
-    "dense",
-    "packs",
-    "moving",
-    "joint",
-    "tolerance",
-    "checkpoint",
-    "steps_taken",
+ATTRIBUTES = tuple(
+    "dim context_dim reader update preconditioner norm lowering steps causal refresh dense packs moving joint"
+    " tolerance checkpoint steps_taken".split()
 )
 
 
@@ -59,6 +45,7 @@ class EnergyLayer(nn.Module):
         lowering: how dE/dh is computed: ``.kind``, ``.kernels``, ``.reasons``.
         code: the program of dE/dh as readable Python.
         certificate: what is guaranteed about its descent, a :class:`~cem.Certificate`.
+        growth: what :meth:`grow` did to make this layer, a :class:`~cem.Growth` for each size; () if nothing.
     """
 
     def __init__(
@@ -264,6 +251,8 @@ class EnergyLayer(nn.Module):
 
     certificate = property(certify, doc="What is guaranteed about its descent as it stands.")
     curvature = spectrum.curvature
+    grow = grow_layer
+    growth: tuple[Growth, ...] = ()
 
     def _repr_latex_(self) -> str:
         return self.derivation._repr_latex_()

@@ -70,6 +70,7 @@ def gradient(energy: Expr, width: Expr) -> Expr:
     )
 
 
+@lru_cache(maxsize=512)  # the same for layers of all sizes
 def where_frozen(gradient_: Expr, state: State) -> Expr:
     """The gradient at the place where ``frozen(h)`` was taken: every frozen entry is the state's, in canonical form.
 
