@@ -64,6 +64,7 @@ OPTIONAL = {
     "cem.lm.callbacks": "transformers",
     "cem.lm.comparison": "transformers",
     "cem.lm.data": "transformers",
+    "cem.lm.grow": "transformers",
     "cem.lm.pictures": "transformers",
     "cem.lm.quiet": "transformers",
     "cem.lm.run": "transformers",

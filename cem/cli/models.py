@@ -1,5 +1,6 @@
 """``cem train``, ``cem eval``, ``cem sample``, ``cem export``, ``cem sweep``: language models."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -20,22 +21,37 @@ ChangesArgument = Annotated[
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Model, data and training.")],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN.yaml", help="Model, data and training.")
+    ] = None,
     changes: ChangesArgument = None,
     out: OutOption = None,
+    grow: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Begin with this finished run, grown: grow.hidden=704."),
+    ] = None,
 ) -> None:
     """Train a language model as a file says.
 
     Typed again it goes on where it was interrupted, and shows the result of a finished run. The
-    names under `trainer` are those of transformers.TrainingArguments. On several GPUs:
+    names under `trainer` are those of transformers.TrainingArguments. With --grow the file may be
+    left out: it is then that of the finished run. On several GPUs:
     torchrun --nproc-per-node GPUS -m cem train RUN.yaml
     """
+    changes = list(changes or ())
+    if grow is not None:
+        if run is None or ("=" in str(run) and not run.is_file()):
+            changes = [*([str(run)] if run else []), *changes]
+            run, out = grow / "run.yaml", out or Path("runs") / f"{grow.name}-grown"
+        changes.insert(0, f"grow={{from: {json.dumps(str(grow))}}}")
+    if run is None:
+        raise UserError("a run is trained from a file: got none; type `cem train RUN.yaml`")
     prepare(1)
     with answered():
         from cem.lm.run import Run
         from cem.lm.training import train
 
-        said = Run.read(run, changes or ())
+        said = Run.read(run, changes)
         out = out or Path("runs") / run.stem
         result = train(said, out)
     if int(os.environ.get("RANK", 0)):  # the first process speaks for all

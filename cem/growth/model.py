@@ -83,12 +83,14 @@ def grow(
     for name, (layer, wanted) in targets.items():
         if id(layer) in made:
             continue
-        if hasattr(layer, "energy_function"):
-            new, carries = enlarged(layer, wanted, noise=noise, known=known, **options)
-            for growth in new.growth:
-                known[growth.key] = growth.recipe
-        else:
-            new, carries = layer.grow(**options, **wanted), {}
+        try:
+            if hasattr(layer, "energy_function"):
+                new, carries = enlarged(layer, wanted, noise=noise, known=known, **options)
+                known |= {growth.key: growth.recipe for growth in new.growth}
+            else:
+                new, carries = layer.grow(**options, **wanted), {}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         made[id(layer)], records[name] = new, getattr(new, "growth", ())
         _share(name, layer, new, carries, moved)
     _refuse_shared(model, targets, moved)

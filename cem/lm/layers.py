@@ -126,6 +126,31 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
     return made
 
 
+def redescribed(
+    description: Mapping[str, Any], layer: cem.EnergyLayer, name: str
+) -> dict[str, Any]:
+    """The description of a layer that has grown out of another one: its sizes, and scalars that kept their value.
+
+    Args:
+        description: of the layer before.
+        layer: as it is now.
+        name: under which a block holds it.
+
+    >>> small = {"energy": "interaction", "heads": 2, "rank": 4}
+    >>> redescribed(small, derived(small, 8, 1e-6).grow(rank=6), "interaction")
+    {'energy': 'interaction', 'heads': 2, 'rank': 6, 'beta': 0.5}
+    """
+    found, energy = dict(description), layer.energy_function
+    if energy_of(description, name).expression != energy.expression:
+        found |= {"energy": json.loads(energy.to_json()), "name": name}
+    found |= {size: value for size, value in layer.sizes.items() if size != "dim"}
+    for scalar, value in layer._fixed.items():
+        default = scalar.default
+        if default is None or float(default.xreplace(dict(layer._sizes))) != value:
+            found[scalar.name] = value
+    return found
+
+
 def usual_sizes(dim: int, heads: int | None = None) -> dict[str, int]:
     """Heads of 64 and 8/3 ``dim`` hidden units, in multiples of 8: the sizes of a Llama block.
 

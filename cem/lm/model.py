@@ -36,7 +36,7 @@ from cem import EnergyLayer, Routed
 
 from .cache import CACHE, HeldByTransformers, hold_states
 from .config import CEMConfig
-from .layers import Residual, derived, llama_part, why_no_cache
+from .layers import Residual, derived, llama_part, redescribed, why_no_cache
 from .routed import heavy, seen_by
 from .view import View, view_of
 
@@ -57,11 +57,7 @@ class CEMBlock(GradientCheckpointingLayer):
             else:
                 part = derived(description, config.hidden_size, config.norm_eps, where)
                 name = description.get("name", heavy(part).energy_function.name)
-                # How each module of the layer is drawn afresh, for weights that a checkpoint lacks.
-                for path, inner in part.named_modules():
-                    inner.drawn = partial(
-                        _drawn, description, heavy(part).dim, config.norm_eps, path
-                    )
+                _remember(part, description, config.norm_eps)
             while name in self.parts:
                 name += "_"
             self.parts[name] = part
@@ -99,6 +95,12 @@ class CEMBlock(GradientCheckpointingLayer):
                         inputs |= {"cache": held, "visible": held.visible}
             h = part(h, **inputs)
         return h
+
+
+def _remember(part: nn.Module, description: dict, eps: float) -> None:
+    """How each module of the layer is drawn afresh, for weights that a checkpoint lacks."""
+    for path, inner in part.named_modules():
+        inner.drawn = partial(_drawn, description, heavy(part).dim, eps, path)
 
 
 def _drawn(description: dict, dim: int, eps: float, path: str) -> nn.Module:
@@ -217,6 +219,17 @@ class CEMModel(CEMPreTrainedModel):
         for block in self.layers:
             h = block(h, view=view, **{CACHE: cache})
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h), **{CACHE: cache})
+
+    def layers_have_grown(self) -> None:
+        """Write what the layers have become into the configuration; :func:`cem.grow` calls it."""
+        blocks = self.config.blocks
+        for descriptions, block in zip(blocks, self.layers, strict=True):
+            for place, (name, part) in enumerate(block.parts.items()):
+                if not isinstance(part, Residual):
+                    descriptions[place] = redescribed(descriptions[place], heavy(part), name)
+                    _remember(part, descriptions[place], self.config.norm_eps)
+        same = self.config.layers is None and all(block == blocks[0] for block in blocks)
+        self.config.block, self.config.layers = (blocks[0], None) if same else (None, blocks)
 
 
 class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):

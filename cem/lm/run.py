@@ -78,6 +78,8 @@ class Run:
         trace_steps: after how many steps the energies of the layers are recorded; 0 is never.
         threads: of torch, on a CPU.
         seed: of the parameters and of the order of the data.
+        grow: begin with the model of a finished run and grow it, in place of ``model``:
+            ``{"from": FOLDER, "hidden": 704}``, see :func:`cem.lm.grow.check`.
 
     Raises:
         ValueError: a name that nothing reads, or a value of the wrong kind.
@@ -96,6 +98,7 @@ class Run:
     trace_steps: int = 100
     threads: int = 1
     seed: int = 0
+    grow: dict | None = None
 
     def __post_init__(self):
         for name in ("data", "trainer"):
@@ -131,6 +134,10 @@ class Run:
         refuse_unknown(self.trainer, [f.name for f in fields(TrainingArguments)], "trainer.")
         refuse_unknown(self.data, [f.name for f in fields(Data)], "data.")
         object.__setattr__(self, "trainer", DEFAULTS | self.trainer)
+        if self.grow is not None:
+            from .grow import check
+
+            check(self.grow)
 
     @classmethod
     def from_yaml(cls, text: str, changes: Sequence[str] = ()) -> Run:

@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from .._version import __version__
-from . import pictures
+from . import grow, pictures
 from .callbacks import Clock, Energies, Finite, Metrics, Progress, Records, has_energies
 from .data import Data
 from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
@@ -291,9 +291,11 @@ def _trainer(run: Run, out: Path, model=None):
         torch.set_num_threads(run.threads)
     prepared = Data(**run.data).prepare()
     _same_data(prepared, out)
-    if model is None:
+    begins = model is None
+    if begins:
         transformers.set_seed(run.seed)
-        model = build(run.model, prepared.tokenizer)
+        tokenizer = prepared.tokenizer
+        model = grow.begun(run, out, tokenizer) if run.grow else build(run.model, tokenizer)
     trainer = Trainer(
         model,
         args,
@@ -305,6 +307,8 @@ def _trainer(run: Run, out: Path, model=None):
     )
     for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(callback)
+    if begins and run.grow:
+        grow.grown(trainer, run, out)
     return trainer, prepared
 
 
