@@ -222,7 +222,7 @@ class CEMModel(CEMPreTrainedModel):
 
     def layers_have_grown(self) -> None:
         """Write what the layers have become into the configuration; :func:`cem.grow` calls it."""
-        blocks = self.config.blocks
+        blocks = [list(block) for block in self.config.blocks]  # one list a block
         for descriptions, block in zip(blocks, self.layers, strict=True):
             for place, (name, part) in enumerate(block.parts.items()):
                 if not isinstance(part, Residual):
