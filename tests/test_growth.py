@@ -33,13 +33,13 @@ EXPECTED = {
     "memory": {"hidden": (CHANGES, "duplicate")},
     "mixture_of_experts_relu": {"experts": (CHANGES, "duplicate"), "hidden": (DEAD, "duplicate")},
     "mixture_of_experts_silu": {"experts": (CHANGES, "duplicate"), "hidden": "G"},
-    "normalised_interaction": {"heads": (CHANGES, None), "rank": (DEAD, "duplicate")},
+    "normalised_interaction": {"heads": (CHANGES, "gain"), "rank": (DEAD, "duplicate")},
     "parallel_block": {"heads": "Q", "rank": "Q", "hidden": "G"},
     "partly_tied_gated": {"hidden": "D w"},
     "partly_tied_interaction": {"heads": "Q V", "rank": "Q", "copies": "V"},
-    "plain_gelu": {"hidden": (DEAD, None)},
+    "plain_gelu": {"hidden": (DEAD, "gain")},
     "plain_relu": {"hidden": (DEAD, "duplicate")},
-    "plain_silu": {"hidden": (DEAD, None)},
+    "plain_silu": {"hidden": (DEAD, "gain")},
     "plain_softplus": {"hidden": "U"},
     "polynomial_memory": {"hidden": (DEAD, "duplicate")},
     "quadratic_well": {"rank": (DEAD, "duplicate")},
@@ -52,10 +52,10 @@ EXPECTED = {
     "sparse_coding": {"features": "D"},
     "sparse_memory": {"hidden": (CHANGES, None)},
     "squared_interaction": {"heads": (DEAD, "duplicate"), "rank": "Q"},
-    "subspace_compression": {"heads": (DEAD, None), "rank": (DEAD, "duplicate")},
+    "subspace_compression": {"heads": (DEAD, "gain"), "rank": (DEAD, "duplicate")},
     "symmetric_interaction": {"heads": "sigma", "rank": "sigma"},
     "symmetrised_interaction": {"heads": "K", "rank": "K"},
-    "tempered_interaction": {"heads": (CHANGES, None), "rank": "Q"},
+    "tempered_interaction": {"heads": (CHANGES, "gain"), "rank": "Q"},
     "two_sided_gated_silu": {"hidden": "U"},
     "untied_interaction": {"heads": "V", "rank": "K", "copies": "V"},
 }
@@ -102,7 +102,8 @@ def slopes(layer, old):
     h, inputs = other_inputs(layer)[-1]
     (layer(h, **inputs) * h.cos()).sum().backward()
     own = dict(old.named_parameters())
-    return {n: p.grad for n, p in layer.named_parameters() if p.shape != own[n].shape}
+    named = layer.named_parameters()
+    return {n: p.grad for n, p in named if n not in own or p.shape != own[n].shape}
 
 
 @pytest.mark.parametrize(("name", "size"), PAIRS)
@@ -120,7 +121,7 @@ def test_every_size_of_every_energy(name, size):
             return
         assert f"rule='{instead}'" in str(refused.value)
         new = old.grow(rule=instead, **wider)
-        assert new.growth[0].symmetric
+        assert new.growth[0].symmetric == (instead == "duplicate")
     else:
         new = old.grow(**wider)
         zeros = {n for n, what in new.growth[0].rows.items() if what == "0"}

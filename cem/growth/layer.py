@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..energy import Energy
 from ..language.symbols import Dim
 from ..sizes import width_of
+from .gain import gain_name, with_gain
 from .rows import Axes, factors, rows_of
 from .search import EXACT, RULES, Probe, Recipe, Trial, difference
 
@@ -140,7 +142,6 @@ def enlarged(
     ``known`` holds recipes that served layers of the same kind: they are tried before others are searched for.
     """
     targets = _checked(layer, sizes, rule, noise)
-    device = {name: p.device for name, p in layer.named_parameters()}
     wide = copy.deepcopy(layer).to("cpu", torch.float64)
     names = [str(p.name) for p in layer.energy_function.parameters]
     spreads = {n: float(getattr(wide, n).detach().square().mean().sqrt()) for n in names}
@@ -151,9 +152,9 @@ def enlarged(
         records.append(record)
         for name, its in found.axes.items():
             carries.setdefault(name, []).append((its, record.recipe.kinds[name]))
-    for name in names:
-        old = getattr(layer, name)
-        value = getattr(wide, name).detach().to(device[name], old.dtype)
+    for name in (str(p.name) for p in wide.energy_function.parameters):
+        old = getattr(layer, name, getattr(layer, names[0]))  # a gain is new
+        value = getattr(wide, name).detach().to(old.device, old.dtype)
         setattr(wide, name, nn.Parameter(value, requires_grad=old.requires_grad))
     for scalar in layer._learned:
         name = f"log_{scalar.name}" if scalar.is_positive else scalar.name
@@ -220,18 +221,19 @@ def _checked(layer, sizes: Mapping[str, int], rule: str, noise: float) -> dict[D
     return found
 
 
-def _built(layer, sizes: Mapping[Dim, int], recomputed: bool):
-    """A layer like this one, in float64, with other sizes."""
+def _built(layer, sizes: Mapping[Dim, int], recomputed: bool, energy: Energy | None = None):
+    """A layer like this one, in float64, with other sizes or another energy."""
+    energy = layer.energy_function if energy is None else energy
     scalars = dict(layer._fixed)
     if recomputed:
         scalars |= _defaults(layer, sizes)
     learned = {scalar: layer.scalars[scalar.name] for scalar in layer._learned}
-    ordered = {s: (scalars | learned)[s] for s in layer.energy_function.scalars}
+    ordered = {s: (scalars | learned)[s] for s in energy.scalars}
     parts = copy.deepcopy((layer.update, layer.preconditioner, layer.norm))
     options = ("causal", "steps", "refresh", "moving", "joint", "tolerance", "checkpoint")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         found = type(layer)(
-            layer.energy_function,
+            energy,
             sizes,
             ordered,
             learn=[scalar.name for scalar in layer._learned],
@@ -244,8 +246,18 @@ def _built(layer, sizes: Mapping[Dim, int], recomputed: bool):
     found = found.double()
     own = dict(layer.named_parameters())
     for name, parameter in found.named_parameters():
-        if parameter.shape == own[name].shape:
+        if name in own and parameter.shape == own[name].shape:
             parameter.data.copy_(own[name])
+    return found
+
+
+def _gained(layer, size: Dim):
+    """The layer, in float64, with a number for each row of a size, 1 for all, which does what it did."""
+    name = gain_name(size)
+    if name in dict(layer.named_parameters()):
+        return layer
+    found = _built(layer, layer._sizes, False, with_gain(layer.energy_function, size))
+    getattr(found, name).data.fill_(1.0)
     return found
 
 
@@ -265,8 +277,10 @@ class _Step:
     """One size grown: the layer in float64, its record, and the axes that grew."""
 
     def __init__(self, layer, size, new, rule, spreads, noise, generator, known) -> None:
-        energy = layer.energy_function
-        old = int(layer._sizes[size])
+        energy, old = layer.energy_function, int(layer._sizes[size])
+        if rule == "gain":
+            layer, spreads = _gained(layer, size), {**spreads, gain_name(size): 1.0}
+            energy = layer.energy_function
         self.where = f"layer `{energy.name}` cannot grow `{size}` from {old} to {new}"
         sizes = dict(layer._sizes) | {size: new}
         trial = self._trial(layer, size, new, spreads, generator)
@@ -325,7 +339,7 @@ class _Step:
         built = {False: _built(layer, sizes, False)}
         if _defaults(layer, sizes):
             built[True] = _built(layer, sizes, True)
-        return Trial(layer, built, axes, spreads, generator)
+        return Trial(layer, built, axes, spreads, generator, gain_name(size))
 
     def _disturb(self, noise, spreads, generator) -> None:
         for name, its in self.axes.items():
@@ -356,8 +370,15 @@ class _Step:
             tried = dict.fromkeys((rule, "frozen", "duplicate"))
             works = [other for other in tried if wider.search(other)[0]]
             advice = f"{size}={many}, rule={works[0]!r}" if works else advice
-        ending = "" if works else ", which changes it"
-        return f"{start}{why}; type `{advice}`{ending}"
+        if not works:
+            try:
+                gained = _gained(layer, size)
+                spreads = {**spreads, gain_name(size): 1.0}
+                works = [self._trial(gained, size, new, spreads, None).search("gain")[0]]
+                advice = "rule='gain'" if works[0] else advice
+            except ValueError:
+                pass
+        return f"{start}{why}; type `{advice}`{'' if any(works) else ', which changes it'}"
 
 
 def _words(kind: str | float, spread: float) -> str:

@@ -51,7 +51,8 @@ def grow(
         rule, noise, generator: as for a layer.
         where: which layers: a pattern of names, ``"model.layers.?.parts.gated*"``, or called with name and module.
         optimizer: its groups are given the new parameters. What it remembers of a parameter, such as moments, is zero
-            for new rows, or that of the origin's over k for copies (over k^2 for squares), and ``step`` goes on.
+            for new rows, or that of the origin's over k for copies (over k^2 for squares), and ``step`` goes on. A
+            gain that a layer did not have gets a group of its own, without weight decay.
         **sizes: such as ``heads=8, hidden=704``.
 
     Returns:
@@ -99,6 +100,8 @@ def grow(
         setattr(model.get_submodule(parent), child, made[id(targets[name][0])])
     if optimizer is not None:
         _move(optimizer, moved)
+        for layer, _ in targets.values():
+            _add(optimizer, layer, made[id(layer)])
     for module in model.modules():
         if callable(getattr(module, "layers_have_grown", None)):
             module.layers_have_grown()
@@ -187,6 +190,18 @@ def _move(optimizer: torch.optim.Optimizer, moved) -> None:
             optimizer.state[new] = {
                 key: _padded(key, value, old, new, carry) for key, value in state.items()
             }
+
+
+def _add(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """Parameters that the old layer lacks, in a group with the options of its other parameters."""
+    known, held = dict(old.named_parameters()), {}
+    for group in optimizer.param_groups:
+        held |= dict.fromkeys(group["params"], group)
+    groups = [held[p] for p in new.parameters() if p in held]
+    fresh = [p for n, p in new.named_parameters() if n not in known and p not in held]
+    if groups and fresh:
+        options = {k: v for k, v in groups[0].items() if k != "params"}
+        optimizer.add_param_group(options | {"params": fresh, "weight_decay": 0.0})
 
 
 def _padded(key: str, value, old: Tensor, new: Tensor, carry: Carry | None):

@@ -25,7 +25,7 @@ from .rows import Axes
 EXACT = 1e-12
 """The largest relative change of a force that is called none, in float64."""
 
-RULES = ("frozen", "norm_matched", "duplicate", "random")
+RULES = ("frozen", "norm_matched", "duplicate", "gain", "random")
 POWERS = (1, 1 / 2, 1 / 3, 1 / 4)
 
 
@@ -144,6 +144,7 @@ class Trial:
         axes: by name, the parameters that grow.
         spreads: by name, the standard deviation of random rows.
         generator: of what is drawn.
+        gain: the parameter with a number a row, for rule ``"gain"``.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class Trial:
         axes: Mapping[str, Axes],
         spreads: Mapping[str, float],
         generator: torch.Generator | None,
+        gain: str,
     ) -> None:
+        self.gain = gain
         self.new, self.axes = new, axes
         self.old = {name: getattr(old, name).detach() for name in axes}
         self.probe, self.energy = Probe(old), old.energy_function
@@ -246,12 +249,19 @@ class Trial:
 
     def recipes(self, rule: str) -> Iterator[tuple[Recipe, frozenset[str]]]:
         """Candidates for a rule, with the parameters that are set to zero."""
-        scalars = {"frozen": (False,), "random": (False,), "norm_matched": (True, False)}
+        scalars = {
+            "frozen": (False,),
+            "gain": (False,),
+            "random": (False,),
+            "norm_matched": (True, False),
+        }
         for recomputed in scalars.get(rule, (False, True)):
             if recomputed not in self.new:
                 continue
-            if rule == "random":
-                yield Recipe(dict.fromkeys(self.axes, "random"), recomputed), frozenset()
+            if rule in ("random", "gain"):
+                kinds = dict.fromkeys(self.axes, "random")
+                kinds |= {self.gain: "zero"} if rule == "gain" else {}
+                yield Recipe(kinds, recomputed), frozenset()
             elif rule == "duplicate":
                 for power in (0.0, *map(float, POWERS)):
                     for chosen in self.sets():

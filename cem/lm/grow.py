@@ -19,8 +19,8 @@ def check(said: Mapping[str, Any]) -> None:
     """Refuse a ``grow`` of a run that cannot be read.
 
     Its keys are ``from``, the folder of a finished run; the sizes, ``hidden: 704``; and ``rule``, ``where`` and
-    ``noise`` of :func:`cem.grow`. ``moments: false`` begins with a fresh optimiser where the last checkpoint of the
-    finished run has one.
+    ``noise`` of :func:`cem.grow`. The optimiser goes on from the last checkpoint of the finished run, if it kept
+    one; with ``moments: false``, FSDP or new gains it begins afresh.
 
     Raises:
         ValueError: no folder, no size, or a value of the wrong kind.
@@ -88,7 +88,8 @@ def grown(trainer: Trainer, run, out: Path) -> Grown | None:
     source = checkpoints(said.pop("from"))
     state = source[-1] / "optimizer.pt" if source else None
     optimizer = None
-    if said.pop("moments", True) and state is not None and state.is_file() and not args.fsdp:
+    keeps = said.pop("moments", True) and not args.fsdp and said.get("rule") != "gain"
+    if keeps and state is not None and state.is_file():
         optimizer = _restored(trainer, state)
     draw = torch.Generator().manual_seed(run.seed)
     found = grow(trainer.model, optimizer=optimizer, generator=draw, **said)
