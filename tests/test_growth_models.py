@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import cem
-from cem.energies import gated, gated_relu, interaction
+from cem.energies import gated, gated_relu, interaction, plain_gelu
 
 
 def stack(dtype=torch.float64):
@@ -90,23 +90,22 @@ class Table(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.arange(2.0 * rows).view(rows, 2))
 
-    @property
-    def sizes(self):
-        return {"rows": len(self.weight)}
-
     def grow(self, *, rule, generator, rows):
         new = Table(rows)
         new.weight.data.zero_()[: len(self.weight)] = self.weight.data
+        new.inner = self.inner
         return new
 
 
 def test_a_module_with_a_growth_of_its_own():
     model = nn.ModuleDict({"table": Table(2)})
+    model["table"].inner = Table(1)  # what is inside of a layer is its own affair
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model["table"].weight.sum().backward()
     optimizer.step()
     cem.grow(model, rows=3, optimizer=optimizer)
-    (held,) = optimizer.param_groups[0]["params"]
+    held, inner = optimizer.param_groups[0]["params"]
+    assert inner is model["table"].inner.weight and inner.shape == (1, 2)
     assert held is model["table"].weight and held.shape == (3, 2)
     assert optimizer.state[held]["momentum_buffer"].tolist() == [[1, 1], [1, 1], [0, 0]]
 
@@ -115,7 +114,7 @@ def test_a_module_with_a_growth_of_its_own():
     ("sizes", "options", "message"),
     [
         ({}, {}, "`grow` grows named sizes: got none; type `cem.grow"),
-        ({"hiden": 9}, {}, "no layer has a size `hiden` to grow: .*dim, heads, hidden, rank"),
+        ({"width": 9}, {}, "no layer has a size `width` to grow: .*dim, heads, hidden, rank"),
         ({"hidden": 9}, {"where": "2"}, "no layer at 2 has a size `hidden`"),
         ({"hidden": 9}, {"rule": "larger"}, "`rule` is one of frozen, .*: got 'larger'"),
         ({"hidden": 3}, {}, "1: layer `gated_silu` grows and cannot shrink"),
@@ -167,6 +166,23 @@ def test_moments_of_copies_are_those_of_their_gradients():
         for key in ("exp_avg", "exp_avg_sq"):
             found, expected = carried[name][key], optimizer.state[p][key]
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
+
+
+def test_a_gain_gets_a_group_of_its_own():
+    model, h = nn.Sequential(cem.derive(plain_gelu, dim=8, hidden=6, dtype=torch.float64)), tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+    trained(model, optimizer, h)
+    before = model(h)
+    cem.grow(model, rule="gain", hidden=9, optimizer=optimizer)
+    torch.testing.assert_close(model(h), before, rtol=1e-13, atol=1e-13)
+    first, second = optimizer.param_groups
+    assert first["params"] == [model[0].U] and second["params"] == [model[0].hidden_gain]
+    assert (second["lr"], second["weight_decay"]) == (1e-2, 0.0)
+    trained(model, optimizer, h)
+    assert (model[0].hidden_gain[6:] != 0).all()
+    before = model(h)
+    cem.grow(model, hidden=12, optimizer=optimizer)  # the gain is there now
+    torch.testing.assert_close(model(h), before, rtol=1e-13, atol=1e-13)
 
 
 def test_a_fresh_schedule():
@@ -224,6 +240,17 @@ def test_blocks_that_grow_apart_are_described_one_by_one(tmp_path):
     assert model.config.block is None and [b[1]["hidden"] for b in blocks] == [24, 30]
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.blocks == blocks
+
+
+def test_an_energy_with_gains_is_written_into_the_configuration(tmp_path):
+    model, ids = language_models.model("differing"), language_models.tokens()
+    before, names = model(ids).logits, list(model.model.layers[0].parts)
+    cem.grow(model, where="*.plain_gelu", rule="gain", hidden=24)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, before, rtol=1e-12, atol=1e-12)
+    assert list(again.model.layers[0].parts) == names
+    assert again.model.layers[0].parts["plain_gelu"].hidden_gain.shape == (24,)
 
 
 # Runs

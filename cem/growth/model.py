@@ -6,6 +6,7 @@ Legend: n old rows, k copies of a row.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -42,7 +43,7 @@ def grow(
     """Grow named sizes of the layers inside a model, in place.
 
     A layer that has one of the sizes is replaced by ``layer.grow(...)`` of those that it has, see
-    :meth:`cem.EnergyLayer.grow`; so is any module with ``sizes`` and a method ``grow(rule=, generator=, **sizes)``.
+    :meth:`cem.EnergyLayer.grow`; so is any module with a method ``grow(*, rule, generator, tokens)`` of its own.
     A layer that stands in several places grows once, and parameters that layers share stay shared. Either all of
     them grow or, where one is refused, none.
 
@@ -114,8 +115,8 @@ def _targets(model: nn.Module, where: Where, sizes: Mapping[str, int]) -> dict:
         raise ValueError("`grow` grows named sizes: got none; type `cem.grow(model, hidden=704)`")
     found, known = {}, set()
     for name, module in model.named_modules(remove_duplicate=False):
-        own = getattr(module, "sizes", None)
-        if not callable(getattr(module, "grow", None)) or not isinstance(own, Mapping):
+        own = _sizes(module)
+        if not own or any(name.startswith(f"{outer}.") for outer in found):
             continue
         if isinstance(where, str) and not fnmatch.fnmatch(name, where):
             continue
@@ -137,6 +138,17 @@ def _targets(model: nn.Module, where: Where, sizes: Mapping[str, int]) -> dict:
                 f" sizes are {', '.join(sorted(known)) or 'none'}"
             )
     return found
+
+
+def _sizes(module: nn.Module) -> dict[str, int | None]:
+    """The sizes that a module can grow, as they are: ``sizes``, or else what its method ``grow`` takes."""
+    if not callable(getattr(module, "grow", None)):
+        return {}
+    if isinstance(getattr(module, "sizes", None), Mapping):
+        return dict(module.sizes)
+    taken = inspect.signature(module.grow).parameters.values()
+    names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    return {n: getattr(module, n, None) for n in names if n not in ("rule", "generator", "noise")}
 
 
 def _share(name: str, old: nn.Module, new: nn.Module, carries: Mapping[str, Carry], moved) -> None:

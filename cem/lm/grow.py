@@ -25,10 +25,10 @@ def check(said: Mapping[str, Any]) -> None:
     Raises:
         ValueError: no folder, no size, or a value of the wrong kind.
 
-    >>> check({"from": "runs/tiny", "hiden": "704"})
+    >>> check({"from": "runs/tiny", "hidden": "704"})
     Traceback (most recent call last):
         ...
-    ValueError: `grow.hiden` of a run is a size: got '704'; type `grow.hiden=704`
+    ValueError: `grow.hidden` of a run is a size: got '704'; type `grow.hidden=704`
     """
     if not isinstance(said, Mapping) or "from" not in said:
         raise ValueError(
