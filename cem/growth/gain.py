@@ -29,7 +29,7 @@ def with_gain(energy: Energy, size: Dim) -> Energy:
     >>> import cem
     >>> from cem.energies import plain
     >>> with_gain(plain, cem.dims("hidden")).expression
-    -Sum(hidden_gain[m]*relu_antiderivative(Sum(U[m, i]*h[i], (i, 0, dim - 1))), (m, 0, hidden - 1))
+    -Sum(relu_antiderivative(Sum(U[m, i]*h[i], (i, 0, dim - 1)))*hidden_gain[m], (m, 0, hidden - 1))
     """
     if energy.expression is None:
         raise ValueError(
