@@ -1,5 +1,6 @@
 """Growth of whole models: layers in place, configurations, optimisers, and runs that begin with a grown model."""
 
+import json
 import random
 
 import pytest
@@ -212,6 +213,7 @@ import language_models  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import cem.lm  # noqa: E402
+from benchmarks import growth  # noqa: E402
 from cem.lm import pictures  # noqa: E402
 from cem.lm.callbacks import read_records  # noqa: E402
 from cem.lm.run import Run  # noqa: E402
@@ -363,3 +365,18 @@ def test_there_is_nothing_to_grow(small, tmp_path):
     other = run.data | {"tokenizer": "bpe-300"}
     with pytest.raises(ValueError, match="has another tokenizer: got `data.tokenizer=bpe-300`"):
         cem.lm.train(Run(model=run.model, data=other, trainer=run.trainer, grow=run.grow), tmp_path)
+
+
+def test_the_benchmark_says_what_its_run_found():
+    found = json.loads((growth.RESULTS / "growth" / "run.json").read_text())
+    stages = found["sides"]["grown"]
+    assert found["jumps"] == growth.jumps(stages) and max(map(abs, found["jumps"])) <= found["bar"]
+    tokens, work, losses = growth.curve(stages, "held_out_loss")
+    assert (
+        tokens[-1] == sum(stage["tokens"] for stage in stages) and losses[-1] == stages[-1]["loss"]
+    )
+    page = (growth.RESULTS.parent / "README.md").read_text()
+    for stages in found["sides"].values():
+        for stage in stages:
+            assert f"{stage['loss']:.4f}" in page and f"{stage['parameters']:,}" in page
+    assert all(f"{jump:+.1e}" in page for jump in found["jumps"])

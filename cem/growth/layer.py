@@ -111,7 +111,7 @@ def grow_layer(
             rows in turn, divided so that the update stays. ``"random"``: all rows random; the update changes.
         noise: added to new rows, in shares of the standard deviation of the parameter; breaks the symmetry of
             copies, and exactness.
-        generator: of the random rows; torch's own if None.
+        generator: of the random rows, on the CPU; torch's own if None.
         **sizes: the named sizes to grow, ``hidden=704``.
 
     Raises:
