@@ -244,6 +244,15 @@ def test_blocks_that_grow_apart_are_described_one_by_one(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.blocks == blocks
 
 
+def test_a_layer_behind_a_router_grows():
+    routed = language_models.MLP | {"routed": {"capacity": 0.5, "bottleneck": 4}}
+    model, ids = language_models.model([routed]), language_models.tokens()
+    before = model(ids).logits
+    cem.grow(model, hidden=30)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-12, atol=1e-12)
+    assert model.config.block == [routed | {"hidden": 30}]
+
+
 def test_an_energy_with_gains_is_written_into_the_configuration(tmp_path):
     model, ids = language_models.model("differing"), language_models.tokens()
     before, names = model(ids).logits, list(model.model.layers[0].parts)
