@@ -23,7 +23,7 @@ GALLERIES = {"energies", "derivations"}
 # A part is a module or a folder of cem; `__init__` is cem/__init__.py, the face.
 FLOORS = (
     ("_version", "krylov", "plot", "prox", "visibility"),
-    ("language",),
+    ("language", "rank_plots"),
     ("calculus",),
     ("derivation",),
     ("energy",),
@@ -42,7 +42,9 @@ FLOORS = (
     ("cache", "growth"),
     ("layer",),
     ("fixed_point", "trace", "routing", "analysis", "testing"),
+    ("allotment",),
     ("allocation",),
+    ("compression",),
     ("__init__",),
     ("energies",),
     ("lm",),

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import cem
+from cem.compression import of_groups
 
 from .routed import routed
 
@@ -35,6 +36,7 @@ OPTIONS = (
     "steps",
     "refresh",
     "routed",
+    "groups",
 )
 
 
@@ -64,6 +66,8 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
 
     - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives; or a list of
       such, whose sum is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
+    - ``groups``: where heads have several ranks, a list of the sizes and scalars of each group of heads,
+      ``[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]``; the energy is then the sum over the groups;
     - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
       ``rank`` and ``hidden`` that are missing are those of Llama, see :func:`usual_sizes`;
     - ``norm``: ``"RMSNorm"`` (the default, without a gain), ``"LayerNorm"`` or None, or a mapping from such a name
@@ -97,6 +101,8 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
     ValueError: layer: an energy is one of the gallery or its own JSON: got 'interactoin'; type 'interaction'
     """
     energy = energy_of(description, where)
+    if "groups" in description:
+        energy, description = _grouped(energy, description, where)
     options = {key: description[key] for key in ("learn", "steps", "refresh") if key in description}
     names = {str(name) for name in (*energy.dims, *energy.scalars)} - {"dim"}
     sizes = {key: value for key, value in description.items() if key not in OPTIONS}
@@ -149,6 +155,35 @@ def redescribed(
         if default is None or float(default.xreplace(dict(layer._sizes))) != value:
             found[scalar.name] = value
     return found
+
+
+def _grouped(energy: cem.Energy, description: Mapping[str, Any], where: str):
+    """The sum of an energy over its groups of heads, and the description of that sum."""
+    groups = description["groups"]
+    listed = isinstance(groups, list) and all(isinstance(one, Mapping) for one in groups)
+    if not listed or not groups:
+        raise ValueError(
+            f"{where}: `groups` is a list of the sizes of groups of heads: got {groups!r}; type"
+            ' `[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]`'
+        )
+    said = {key: value for key, value in description.items() if key != "groups"}
+    if len(groups) == 1:
+        return energy, said | groups[0]
+    try:
+        made = of_groups(energy, len(groups), name=energy.name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    names = {str(part.name) for part in (*made.parameters, *made.scalars)}
+
+    def suffixed(name: str) -> list[str]:
+        return [name] if name in names else [f"{name}_{n}" for n in range(len(groups))]
+
+    if isinstance(said.get("init"), Mapping):
+        said["init"] = {new: f for name, f in said["init"].items() for new in suffixed(name)}
+    if "learn" in said:
+        learn = [said["learn"]] if isinstance(said["learn"], str) else said["learn"]
+        said["learn"] = [new for name in learn for new in suffixed(name)]
+    return made, said | {f"{k}_{n}": v for n, one in enumerate(groups) for k, v in one.items()}
 
 
 def usual_sizes(dim: int, heads: int | None = None) -> dict[str, int]:

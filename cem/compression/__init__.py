@@ -1,0 +1,344 @@
+"""Compression of trained attention: what the heads of every layer need, measured, and layers of lower rank.
+
+    spectra(model, tokens)         the data-weighted spectrum of every head, as :class:`~cem.allocation.Heads`
+    layer_weights(model, tokens)   what losing a unit of it costs, layer by layer, in nats
+    compress(layer, ranks, seen)   a layer of lower rank, and a :class:`Truncation` that says what that changes
+    compress_model(model, plan, tokens)
+
+The layers are those of energies with matrices Q and K (``interaction`` and its rotary, grouped, diagonal and partly
+tied relatives), and attention as in Llama and GPT-2, in any model of transformers. Scores keep the scale of the full
+rank. Heads of several ranks become a sum of energies, one for each rank, or :class:`LowRankAttention`; nothing is
+padded, except where the width of the state counts the heads (``diagonal_plus_low_rank``): there all heads get the
+room of the widest.
+
+Scores are truncated, values and outputs of four-matrix attention stay as they are. Where values are tied to keys, the
+same matrices are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import Plan
+from ..allotment import Heads
+from ..layer import EnergyLayer
+from .attention import LowRankAttention as LowRankAttention
+from .bounds import Bounds, bounds, operator_norms
+from .forms import Forms, Inputs, is_attention, read
+from .groups import of_groups as of_groups
+from .layers import described as described
+from .layers import rebuilt
+from .truncation import Cut, cut, gains
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What :func:`compress` did to a layer, and what follows from it.
+
+    Attributes:
+        ranks, full: of every head after, and before.
+        operator: for every head (the largest over its queries) |W - W'| times the scale of the scores: no score moves
+            by more than this times |x_t| |x_s|. With a rotation the sum of |Q_f| |K_f| over the pairs that went.
+        kept: the share of the data-weighted score variance that the cut keeps, by the spectrum; of tied values it is
+            the mean square of the scores.
+        parameters: of the layer, before and after, as counted.
+        calibrated: the bounds on the calibration data; None without data, or where scores have biases of position.
+    """
+
+    ranks: tuple[int, ...]
+    full: int
+    operator: tuple[float, ...]
+    kept: float
+    parameters: tuple[int, int]
+    calibrated: Bounds | None
+    forms: Forms = field(repr=False)
+    cut: Forms = field(repr=False)
+
+    def bounds(self, seen: Inputs | Tensor) -> Bounds:
+        """The same comparison on other data, such as held-out text: every row against every bound."""
+        if not self.forms.alone:
+            raise ValueError(
+                "the weights of this layer depend on positions or a window beside Q and K: got an energy with such a"
+                " bias, whose rows are not compared; compare losses"
+            )
+        return bounds(self.forms, self.cut, _inputs(seen))
+
+    def energy_bound(self, size: float, context: float) -> float:
+        """How far the interaction energy of a token can move: the sum over heads of |W_a - W'_a| |h| max|x_s|."""
+        return float(operator_norms(self.forms, self.cut).sum()) * size * context / self.forms.scale
+
+
+def _inputs(seen: Inputs | Tensor, causal: bool = True) -> Inputs:
+    return seen if isinstance(seen, Inputs) else Inputs(seen.detach().double().cpu(), None, causal)
+
+
+def compress(
+    layer: nn.Module,
+    ranks: int | Sequence[int],
+    calibration: Inputs | Tensor | None = None,
+    *,
+    together: bool = False,
+) -> tuple[nn.Module, Truncation]:
+    """A layer whose heads have lower ranks, by data-weighted singular vectors or by whole pairs of a rotation.
+
+    The layer is left as it is. The formulas are in :mod:`cem.compression.truncation`.
+
+    Args:
+        layer: an :class:`~cem.EnergyLayer` with Q and K, or attention as in Llama or GPT-2.
+        ranks: one for all heads, or one for every head with a key; 0 takes a head away.
+        calibration: what the layer reads (B, T, D), after its norm, or of :func:`inputs_of`; errors are weighed
+            with it. Without it all directions count alike.
+        together: all heads keep the same pairs of a rotation, so that they stay one call of the kernel.
+
+    Returns:
+        The new layer, and the :class:`Truncation`.
+
+    Raises:
+        ValueError: ranks of another number of heads or out of range, or a layer whose scores are not bilinear.
+
+    >>> import torch, cem
+    >>> from cem.energies import interaction
+    >>> layer = cem.derive(interaction, dim=16, heads=2, rank=8)
+    >>> small, done = compress(layer, [4, 2], torch.randn(4, 12, 16))
+    >>> [(name, tuple(p.shape)) for name, p in small.named_parameters()][:2]
+    [('K_0', (1, 4, 16)), ('K_1', (1, 2, 16))]
+    >>> done.parameters, done.calibrated.violations
+    ((512, 192), (0, 0, 0))
+    """
+    forms = read(layer)
+    heads = len(forms.k)
+    ranks = (ranks,) * heads if isinstance(ranks, int) else tuple(map(int, ranks))
+    if len(ranks) != heads or not all(0 <= r <= forms.rank and r % forms.step == 0 for r in ranks):
+        steps = f" in steps of {forms.step}" if forms.step > 1 else ""
+        raise ValueError(
+            f"`compress` takes one rank for each of {heads} heads, from 0 to {forms.rank}{steps}: got {ranks}; type"
+            f" `compress(layer, {forms.rank // 2 // forms.step * forms.step})`"
+        )
+    causal = getattr(layer, "causal", True)
+    seen = None if calibration is None else _inputs(calibration, causal)
+    found = cut(forms, ranks, seen, together=together)
+    after = found.padded(forms)
+    made = rebuilt(layer, forms, found)
+    table = gains(forms, seen)
+    kept = sum(
+        float(row[: rank // forms.step].sum()) for row, rank in zip(table, ranks, strict=True)
+    )
+    counted = tuple(sum(p.numel() for p in one.parameters()) for one in (layer, made))
+    done = Truncation(
+        ranks,
+        forms.rank,
+        tuple(operator_norms(forms, after).amax(1).tolist()),
+        kept / float(table.sum()) if table.any() else 1.0,
+        counted,
+        bounds(forms, after, seen) if seen is not None and forms.alone else None,
+        forms,
+        after,
+    )
+    return made, done
+
+
+# -- whole models -----------------------------------------------------------------------------------------------
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of a model by their path, in order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {name: module for name, module in model.named_modules() if is_attention(module)}
+    if not found:
+        raise ValueError(
+            f"`{type(model).__name__}` has no attention whose rank can be allocated: got no `EnergyLayer` with Q and K"
+            " and no attention as in Llama or GPT-2; give such a model"
+        )
+    return found
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, tokens: Tensor) -> dict[str, Inputs]:
+    """What every attention layer of a language model reads on tokens (B, T), as :func:`compress` takes it.
+
+    ``model(input_ids=tokens)`` is called once; each row is one text from its beginning.
+    """
+    found: dict[str, Inputs] = {}
+    hooks = []
+
+    def listen(name: str, module: nn.Module) -> None:
+        def before(module, args, kwargs):
+            h = args[0] if args else kwargs["hidden_states"]
+            turns = kwargs.get("position_embeddings")
+            if isinstance(module, EnergyLayer):
+                x, causal = module.norm(h), module.causal
+            else:
+                x, causal = h, True
+                if turns is not None:
+                    turns = tuple(turn.chunk(2, -1)[0].double().cpu() for turn in turns)
+            found[name] = Inputs(x.detach().double().cpu(), turns, causal)
+
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    for name, module in attentions(model).items():
+        listen(name, module)
+    try:
+        _call(model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _call(model: nn.Module, tokens: Tensor):
+    device = next(model.parameters()).device
+    return model(input_ids=tokens.to(device), use_cache=False)
+
+
+def spectra(
+    model: nn.Module, tokens: Tensor | None = None, *, together: bool = False
+) -> list[Heads]:
+    """The heads of every attention layer with what each step of their rank keeps, for :func:`cem.allocation.allocate`.
+
+    Args:
+        model: a language model of transformers, of energy layers or not.
+        tokens: calibration text, (B, T); the spectra are those of the matrices alone without it.
+        together: all heads of a layer keep the same pairs of a rotation, so gains are in their common order.
+
+    Raises:
+        ValueError: no attention, or scores that are not bilinear.
+    """
+    seen = {} if tokens is None else inputs_of(model, tokens)
+    return [
+        _heads(name, read(module), seen.get(name)) for name, module in attentions(model).items()
+    ]
+
+
+def _heads(name: str, forms: Forms, seen: Inputs | None) -> Heads:
+    rows = gains(forms, seen).clamp(min=0).tolist()
+    return Heads(
+        name,
+        forms.q.shape[-1] - forms.biased,
+        len(forms.k),
+        forms.rank,
+        queries=forms.q.shape[1],
+        uses=forms.uses,
+        step=forms.step,
+        gains=tuple(map(tuple, rows)),
+    )
+
+
+@torch.no_grad()
+def layer_weights(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    rank: int = 4,
+    loss: Callable[[nn.Module], float] | None = None,
+) -> list[float]:
+    """What losing a unit of score variance costs in each layer: one layer at a time is cut to a low rank.
+
+        w_l = (loss with layer l cut - loss) / (gain that the cut loses),   at least 1e-4 of the largest
+
+    Args:
+        model: as in :func:`spectra`.
+        tokens: calibration text, (B, T).
+        rank: that every head of the layer is cut to.
+        loss: of a model, in nats; by default the mean cross entropy of the tokens.
+
+    Raises:
+        ValueError: as :func:`spectra`, or a rank that is not below the full one.
+    """
+    seen = inputs_of(model, tokens)
+    loss = loss or (lambda model: cross_entropy(model, tokens))
+    before, found = loss(model), []
+    for name, module in attentions(model).items():
+        forms = read(module)
+        low = rank // forms.step * forms.step
+        if not 0 < low < forms.rank:
+            raise ValueError(
+                f"layer `{name}` is cut to a rank below its own, {forms.rank}: got {rank}; type"
+                f" `rank={max(forms.step, forms.rank // 8 // forms.step * forms.step)}`"
+            )
+        small, done = compress(module, low, seen[name])
+        lost = float(gains(forms, seen[name])[:, low // forms.step :].sum())
+        with replaced(model, {name: small}):
+            found.append((loss(model) - before) / max(lost, 1e-30))
+    floor = 1e-4 * max(found)
+    return [max(weight, floor, 0.0) for weight in found]
+
+
+@torch.no_grad()
+def cross_entropy(model: nn.Module, tokens: Tensor) -> float:
+    """The mean loss of the next token, in nats, each row of tokens (B, T) a text from its beginning."""
+    logits = _call(model, tokens).logits[:, :-1].float()
+    target = tokens[:, 1:].to(logits.device)
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()))
+
+
+@contextmanager
+def replaced(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """The model with other layers at some paths, for the time of a block."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield model
+    finally:
+        for name, layer in before.items():
+            model.set_submodule(name, layer)
+
+
+def compress_model(
+    model: nn.Module, plan: Plan, tokens: Tensor | None = None
+) -> dict[str, Truncation]:
+    """Cut every attention layer of a model, in place, to the ranks of a plan.
+
+    Args:
+        model: that the plan was made for.
+        plan: its layers are named as :func:`spectra` names them.
+        tokens: calibration text, (B, T); all layers are cut by what they read before any is.
+
+    Returns:
+        A :class:`Truncation` for every layer, by its path.
+
+    Raises:
+        ValueError: a plan for other layers.
+    """
+    layers = attentions(model)
+    named = [layer.name for layer in plan.layers]
+    if named != list(layers):
+        raise ValueError(
+            f"the plan is for the layers {', '.join(named)}: got a model with {', '.join(layers)}; make the plan from"
+            " `spectra(model, tokens)`"
+        )
+    seen = {} if tokens is None else inputs_of(model, tokens)
+    done = {}
+    for layer in plan.layers:
+        module = layers[layer.name]
+        new, done[layer.name] = compress(
+            module, layer.ranks, seen.get(layer.name), together=layer.together
+        )
+        model.set_submodule(layer.name, new)
+    return done
+
+
+__all__ = [
+    "Bounds",
+    "Cut",
+    "Inputs",
+    "LowRankAttention",
+    "Truncation",
+    "attentions",
+    "compress",
+    "compress_model",
+    "cross_entropy",
+    "inputs_of",
+    "layer_weights",
+    "of_groups",
+    "replaced",
+    "spectra",
+]

@@ -1,0 +1,300 @@
+"""The bilinear forms of the heads of a layer, and what the data say of them, in float64.
+
+The score of query o of head a, token t, with token s is
+
+    scale * ( (R_t Q_ao x_t) . (R_s K_a x_s) + x_t . diag(lam_a) x_s )
+
+Q: (heads, queries, rank, width), K: (heads, rank, width). R_t turns pairs of coordinates, or is absent. Biases of the
+projections are the last column of Q and K, and the last entry of x is then 1.
+
+Legend: B batch, T tokens, H heads, O queries of a head, R rank, W width, P rotated pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..language.positions import POSITIONS, Lookup, Rope
+from ..language.words import only
+from ..layer import EnergyLayer
+from .attention import LowRankAttention, projections
+from .groups import head_sizes
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one layer; see the docstring of this module.
+
+    Attributes:
+        q, k: (H, O, R, W) and (H, R, W).
+        scale: of the scores.
+        pairs: (P, 2), which coordinates of the rank turn together, or None where nothing turns.
+        frequencies: of the pairs, or None where the layer is given its angles.
+        diagonal: lam (H, W), or None.
+        biased: whether x ends in a 1.
+        uses: what a rank takes part in, as in :class:`cem.allocation.Heads`.
+        blocked: whether the diagonal of a head is zero outside its own block of coordinates.
+        alone: whether the scores are those forms and nothing else: no bias by position, no window.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    pairs: Tensor | None = None
+    frequencies: tuple[float, ...] | None = None
+    diagonal: Tensor | None = None
+    biased: bool = False
+    uses: str = "scores"
+    blocked: bool = False
+    alone: bool = True
+
+    @property
+    def rank(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def step(self) -> int:
+        """Ranks come in steps of this many."""
+        return 1 if self.pairs is None else 2
+
+    def features(self, seen: Inputs) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, O, T, R) and keys (B, H, T, R), turned."""
+        x = seen.with_one(self.biased)
+        q = torch.einsum("horw,btw->bhotr", self.q, x)
+        k = torch.einsum("hrw,btw->bhtr", self.k, x)
+        if self.pairs is None:
+            return q, k
+        cos, sin = self.turns(seen)
+        return _turned(q, self.pairs, cos[:, None, None], sin[:, None, None]), _turned(
+            k, self.pairs, cos[:, None], sin[:, None]
+        )
+
+    def turns(self, seen: Inputs) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the pairs, (B or 1, T, P)."""
+        if seen.turns is not None:
+            return seen.turns
+        rates = torch.tensor(self.frequencies, dtype=torch.float64)
+        angles = torch.arange(seen.x.shape[1], dtype=torch.float64)[:, None] * rates
+        return angles.cos()[None], angles.sin()[None]
+
+    def scores(self, seen: Inputs) -> Tensor:
+        """The scores of every token with every other, (B, H, O, T, T)."""
+        q, k = self.features(seen)
+        found = torch.einsum("bhotr,bhsr->bhots", q, k)
+        if self.diagonal is not None:
+            x = seen.x
+            found = found + torch.einsum("btw,hw,bsw->bhts", x, self.diagonal, x)[:, :, None]
+        return self.scale * found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer reads: x = norm(h) (B, T, D) in float64, and the cosines and sines that it is given, if any."""
+
+    x: Tensor
+    turns: tuple[Tensor, Tensor] | None = None
+    causal: bool = True
+
+    def with_one(self, biased: bool) -> Tensor:
+        if not biased:
+            return self.x
+        return torch.cat([self.x, torch.ones_like(self.x[..., :1])], -1)
+
+    def visible(self) -> Tensor:
+        """Who sees whom, (T, T)."""
+        mask = torch.ones(self.x.shape[1], self.x.shape[1], dtype=torch.bool)
+        return mask.tril() if self.causal else mask
+
+
+def _turned(value: Tensor, pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = value[..., pairs[:, 0]], value[..., pairs[:, 1]]
+    found = torch.empty_like(value)
+    found[..., pairs[:, 0]] = first * cos - second * sin
+    found[..., pairs[:, 1]] = second * cos + first * sin
+    return found
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """E x x^T over all tokens: (..., T, F) -> (F, F) of the last axis, over all the others."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.T @ flat / len(flat)
+
+
+def centred_moment(x: Tensor, causal: bool) -> Tensor:
+    """The mean over t of the covariance of x_s over what t sees, (B, T, F) -> (F, F).
+
+    A softmax ignores what is the same for all s, so this is what counts of the keys. With c_s = sum_{t >= s} 1/t for a
+    causal layer it is (1/T) ( sum_s c_s x_s x_s^T - sum_t m_t m_t^T ), m_t the mean over s <= t.
+    """
+    count = x.shape[-2]
+    if not causal:
+        centred = x - x.mean(-2, keepdim=True)
+        return second_moment(centred)
+    share = 1.0 / torch.arange(1, count + 1, dtype=x.dtype)
+    weight = share.flip(0).cumsum(0).flip(0)
+    means = x.cumsum(-2) * share[:, None]
+    raw = torch.einsum("s,...sf,...sg->fg", weight, x, x)
+    middle = torch.einsum("...tf,...tg->fg", means, means)
+    return (raw - middle) / (x.numel() // x.shape[-1])
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module has forms that can be read: an energy with Q and K, or attention as in Llama or GPT-2."""
+    if isinstance(module, EnergyLayer):
+        known = {str(p.name): len(p.shape) for p in module.energy_function.parameters}
+        return known.get("K") == 3 and known.get("Q") in (3, 4)
+    if isinstance(module, LowRankAttention) or getattr(module, "is_cross_attention", False):
+        return False
+    llama, gpt2 = ("q_proj", "k_proj", "v_proj", "o_proj"), ("c_attn", "c_proj")
+    names = (*llama, "head_dim", "scaling"), (*gpt2, "head_dim", "scaling")
+    return any(all(hasattr(module, name) for name in row) for row in names)
+
+
+def read(module: nn.Module) -> Forms:
+    """The forms of a layer.
+
+    Raises:
+        ValueError: it is no attention, its scores are not bilinear in what it reads (a norm of queries and keys, a
+            soft cap), or only a part of its coordinates turns.
+
+    >>> import cem
+    >>> from cem.energies import interaction
+    >>> forms = read(cem.derive(interaction, dim=8, heads=2, rank=4))
+    >>> forms.q.shape, forms.k.shape, forms.scale, forms.uses
+    (torch.Size([2, 1, 4, 8]), torch.Size([2, 4, 8]), 0.5, 'tied')
+    """
+    if not is_attention(module):
+        raise ValueError(
+            f"compression needs attention: got {type(module).__name__}; give an `EnergyLayer` with Q (heads, rank, dim)"
+            " and K (heads, rank, dim), or attention as in Llama or GPT-2"
+        )
+    return _of_energy(module) if isinstance(module, EnergyLayer) else _of_matrices(module)
+
+
+def _of_energy(layer: EnergyLayer) -> Forms:
+    energy = layer.energy_function
+    heads, rank = head_sizes(energy)
+    Q, K = layer.Q.detach().double().cpu(), layer.K.detach().double().cpu()
+    q = Q[:, None] if Q.dim() == 3 else Q
+    ropes = energy.expression.atoms(Rope)
+    pairs = frequencies = None
+    if ropes:
+        tables = {rope.frequencies(K.shape[1]) for rope in ropes}
+        if len(tables) > 1 or 2 * len(next(iter(tables))) != K.shape[1]:
+            raise ValueError(
+                f"energy `{energy.name}` turns a part of its coordinates or several ways: only whole rotations can be"
+                f" cut to fewer pairs; got rank {K.shape[1]} and {[2 * len(t) for t in tables]} that turn"
+            )
+        (frequencies,) = tables
+        pairs = _pairs(K.shape[1], next(iter(ropes)).interleaved)
+    _check_bilinear(layer, pairs)
+    others = {
+        str(p.name) for p in energy.parameters if {heads, rank} & set(p.shape) or _counts(p, heads)
+    }
+    lam, blocked = None, False
+    if "lam" in others:
+        lam = layer.lam.detach().double().cpu()
+        blocked = lam.shape[1] != layer.dim
+        lam = torch.block_diag(*lam) if blocked else lam
+    uses = "tied" if others <= {"Q", "K", "lam"} else "scores"
+    beta = layer.scalars.get("beta", 1.0)
+    return Forms(
+        q, K, beta, pairs, frequencies, lam, uses=uses, blocked=blocked, alone=_is_alone(energy)
+    )
+
+
+def _is_alone(energy) -> bool:
+    """Whether positions are read by rotations only, and nothing hides tokens."""
+    swap = {rope: rope.body for rope in energy.expression.atoms(Rope)}
+    bare = energy.expression.xreplace(swap)
+    return not bare.atoms(*POSITIONS) and not bare.atoms(only) and not bare.atoms(Lookup)
+
+
+def _counts(parameter, heads) -> bool:
+    return any(heads in size.free_symbols for size in parameter.shape[:1])
+
+
+def _check_bilinear(layer: EnergyLayer, pairs: Tensor | None) -> None:
+    """Q -> A Q, K -> A^-T K must change nothing, where A commutes with the rotation."""
+    generator = torch.Generator().manual_seed(0)
+    Q, K = layer.Q.detach(), layer.K.detach()
+    count, rank = K.shape[:2]
+    sizes = 0.5 + torch.rand(count, rank, generator=generator)
+    if pairs is not None:
+        sizes[:, pairs[:, 1]] = sizes[:, pairs[:, 0]]
+    sizes = sizes.to(Q)
+    moved = {
+        "Q": Q * sizes.view(count, *[1] * (Q.dim() - 3), rank, 1),
+        "K": K / sizes[..., None],
+    }
+    h = torch.randn(1, 4, layer.dim, generator=generator).to(Q)
+    with torch.no_grad():
+        before, after = layer(h), functional_call(layer, moved, (h,))
+    if not torch.allclose(before, after, atol=1e-3 * float((before - h).abs().max() + 1e-9)):
+        raise ValueError(
+            f"the scores of energy `{layer.energy_function.name}` are not bilinear in Q h and K x, so their rank is"
+            " not a number of coordinates: got another layer when one grew and the other shrank; normalised and capped"
+            " scores cannot be cut"
+        )
+
+
+def _pairs(rank: int, interleaved: bool) -> Tensor:
+    order = torch.arange(rank)
+    return order.view(-1, 2) if interleaved else order.view(2, -1).T.contiguous()
+
+
+def _of_matrices(module: nn.Module) -> Forms:
+    rank = module.head_dim
+    q_proj, k_proj, *_ = projections(module)
+    k = _weight(k_proj).unflatten(0, (-1, rank))
+    q = _weight(q_proj).unflatten(0, (len(k), -1, rank))
+    biased = q_proj.bias is not None or k_proj.bias is not None
+    if biased:
+        q = torch.cat([q, _bias(q_proj, q.shape[:3])], -1)
+        k = torch.cat([k, _bias(k_proj, k.shape[:2])], -1)
+    turns = hasattr(module, "q_proj")
+    forms = Forms(q, k, module.scaling, _pairs(rank, False) if turns else None, biased=biased)
+    _check_matrices(module, forms)
+    return forms
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    return linear.weight.detach().double().cpu()
+
+
+def _bias(linear: nn.Linear, shape) -> Tensor:
+    if linear.bias is None:
+        return torch.zeros(*shape, 1, dtype=torch.float64)
+    return linear.bias.detach().double().cpu().view(*shape, 1)
+
+
+def _check_matrices(module: nn.Module, forms: Forms) -> None:
+    """The module must compute what our form of it does, on random states turned by random angles."""
+    generator = torch.Generator().manual_seed(0)
+    weight = projections(module)[0].weight
+    h = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight)
+    mask = torch.full((4, 4), float("-inf")).triu(1).to(weight)[None, None]
+    given, planes = {"attention_mask": mask}, None
+    if forms.pairs is not None:
+        angles = torch.randn(1, 4, forms.rank // 2, generator=generator).to(weight).repeat(1, 1, 2)
+        given["position_embeddings"] = (angles.cos(), angles.sin())
+        planes = [range(forms.rank // 2)] * len(forms.k)
+    ranks = [forms.rank] * len(forms.k)
+    same = LowRankAttention.like(module, ranks, planes).fill(forms.q, forms.k).eval()
+    training = module.training
+    with torch.no_grad():
+        found, problem = same(h, **given)[0], "another output"
+        try:
+            wanted = module.eval()(h, **given)[0]
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            wanted, problem = torch.full_like(found, torch.nan), str(error)
+    module.train(training)
+    if not torch.allclose(wanted, found, atol=1e-3 * float(found.abs().max() + 1e-9)):
+        raise ValueError(
+            f"`{type(module).__name__}` is not attention as in Llama or GPT-2, softmax of q . k with half-split"
+            f" rotation or none and without a norm of queries and keys: got {problem}; only such attention can be cut"
+        )
