@@ -6,6 +6,8 @@
 'CEMForCausalLM'
 """
 
+from cem.lm.compressed import load_compressed as load_compressed
+from cem.lm.compressed import save_compressed as save_compressed
 from cem.lm.config import CEMConfig as CEMConfig
 from cem.lm.export import export as export
 from cem.lm.model import CEMForCausalLM as CEMForCausalLM

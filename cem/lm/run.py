@@ -80,6 +80,8 @@ class Run:
         seed: of the parameters and of the order of the data.
         grow: begin with the model of a finished run and grow it, in place of ``model``:
             ``{"from": FOLDER, "hidden": 704}``, see :func:`cem.lm.grow.check`.
+        plan: a YAML file of ``cem allocate``, whose heads and ranks the layers of the model take; None for those of
+            the model.
 
     Raises:
         ValueError: a name that nothing reads, or a value of the wrong kind.
@@ -99,6 +101,7 @@ class Run:
     threads: int = 1
     seed: int = 0
     grow: dict | None = None
+    plan: str | None = None
 
     def __post_init__(self):
         for name in ("data", "trainer"):
@@ -111,6 +114,10 @@ class Run:
             raise ValueError(
                 f"`model` of a run is a preset or a configuration: got {self.model!r}; "
                 "type `model=tiny`"
+            )
+        if not isinstance(self.plan, str | None):
+            raise ValueError(
+                f"`plan` of a run is the path of a plan: got {self.plan!r}; type `plan=plan.yaml`"
             )
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(

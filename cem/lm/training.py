@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from .._version import __version__
+from ..allocation import Plan
 from . import grow, pictures
 from .callbacks import Clock, Energies, Finite, Metrics, Progress, Records, has_energies
 from .data import Data
@@ -75,9 +76,10 @@ class Result:
         return cls(**json.loads((Path(out) / "result.json").read_text("utf-8")))
 
 
-def build(model: str | dict, tokenizer) -> transformers.PreTrainedModel:
-    """A new model for a tokenizer, from the ``model`` of a :class:`Run`; raises as :func:`configure`."""
-    return AutoModelForCausalLM.from_config(configure(model, tokenizer))
+def build(model: str | dict, tokenizer, plan: str | None = None) -> transformers.PreTrainedModel:
+    """A new model for a tokenizer, from the ``model`` and ``plan`` of a :class:`Run`; raises as :func:`configure`."""
+    config = configure(model, tokenizer)
+    return AutoModelForCausalLM.from_config(Plan.read(plan).apply(config) if plan else config)
 
 
 def configure(model: str | dict, tokenizer) -> transformers.PreTrainedConfig:
@@ -295,7 +297,8 @@ def _trainer(run: Run, out: Path, model=None):
     if begins:
         transformers.set_seed(run.seed)
         tokenizer = prepared.tokenizer
-        model = grow.begun(run, out, tokenizer) if run.grow else build(run.model, tokenizer)
+        begun = grow.begun(run, out, tokenizer) if run.grow else None
+        model = begun or build(run.model, tokenizer, run.plan)
     trainer = Trainer(
         model,
         args,

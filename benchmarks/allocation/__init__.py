@@ -1,0 +1,1 @@
+"""What allocating rank by measurement is worth on trained models."""
