@@ -81,7 +81,7 @@ def allocate(
         weights: of the layers' gains, as measured.
         importances: one a layer, or one a head of each layer, instead of gains.
         groups: ``"head"``, every head has a rank of its own, or ``"layer"``, the heads that a layer keeps share one.
-        multiple: ranks are multiples of it.
+        multiple: ranks are multiples of it, and of the steps of all layers.
         ranks: the least and the most rank of a head that is kept.
         heads: the least and the most number of heads that a layer keeps.
 
@@ -98,6 +98,7 @@ def allocate(
     """
     layers = tuple(layers)
     source = _check(layers, cost, weights, importances, groups, multiple, ranks, heads)
+    multiple = math.lcm(multiple, *(layer.step for layer in layers))
     units = [layer.unit(cost, context) for layer in layers]
     full = sum(unit * layer.rank * layer.heads for unit, layer in zip(units, layers, strict=True))
     limit = _limit(budget, full)
@@ -156,11 +157,8 @@ def _check(layers, cost, weights, importances, groups, multiple, ranks, heads) -
         refuse(f"a cost among {', '.join(COSTS)}", cost, 'type `cost="parameters"`')
     if groups not in ("head", "layer"):
         refuse('`groups` "head" or "layer"', groups, 'type `groups="head"`')
-    steps = max(layer.step for layer in layers)
-    if type(multiple) is not int or multiple < 1 or any(multiple % la.step for la in layers):
-        refuse(
-            f"a multiple of {steps}, the step of the ranks", multiple, f"type `multiple={steps}`"
-        )
+    if type(multiple) is not int or multiple < 1:
+        refuse("`multiple` from 1", multiple, "type `multiple=8`")
     for name, (least, most) in (("ranks", ranks), ("heads", heads)):
         if least < 0 or (most is not None and most < max(least, 1)):
             refuse(f"`{name}=(least, most)`", (least, most), f"type `{name}=(0, None)`")

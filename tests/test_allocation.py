@@ -269,7 +269,7 @@ def test_the_table_says_what_each_layer_keeps():
         ({"budget": True}, "a share in .* got True"),
         ({"cost": "time"}, "a cost among rank, parameters, flops, cache: got 'time'"),
         ({"groups": "heads"}, '`groups` "head" or "layer": got \'heads\''),
-        ({"multiple": 3}, "a multiple of 2, the step of the ranks: got 3; type `multiple=2`"),
+        ({"multiple": 0}, "`multiple` from 1: got 0; type `multiple=8`"),
         ({"weights": [1.0]}, r"2 weights from 0: got \[1.0\]"),
         ({"weights": [1.0, -1.0]}, "2 weights from 0"),
         ({"importances": [1.0]}, "one importance a layer, 2"),

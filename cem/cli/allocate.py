@@ -50,7 +50,7 @@ def allocate(
     out = out or model.with_name(f"{model.name}-allocated")
     with answered():
         from cem.lm.compressed import load_compressed, save_compressed
-        from cem.lm.planning import Calibration, pictures, plan_for
+        from cem.lm.planning import Calibration, pictures, plan_for, shares
 
         found = load_compressed(model)
         text = Calibration.of(model, source, windows)
@@ -58,12 +58,7 @@ def allocate(
             found, text, budget, by=by, cost=cost, groups=groups, multiple=multiple
         )
         print(plan)
-        whole, attention = sum(p.numel() for p in found.parameters()), plan.total("parameters")
-        less = plan.total("parameters", full=True) - attention
-        print(
-            f"scores: {attention:,} of {attention + less:,} parameters; the whole model: {whole - less:,} of"
-            f" {whole:,} ({1 - less / whole:.1%})"
-        )
+        print(shares(found, plan, text))
         write(out / "plan.yaml", plan.to_yaml().encode())
         for name, content in pictures(layers, plan).items():
             write(out / name, content)

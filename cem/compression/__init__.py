@@ -33,6 +33,7 @@ from .forms import Forms, Inputs, is_attention, read
 from .groups import of_groups as of_groups
 from .layers import described as described
 from .layers import rebuilt
+from .saturation import Saturation, power_law, saturation
 from .truncation import Cut, cut, gains
 
 
@@ -331,6 +332,7 @@ __all__ = [
     "Cut",
     "Inputs",
     "LowRankAttention",
+    "Saturation",
     "Truncation",
     "attentions",
     "compress",
@@ -339,6 +341,8 @@ __all__ = [
     "inputs_of",
     "layer_weights",
     "of_groups",
+    "power_law",
     "replaced",
+    "saturation",
     "spectra",
 ]

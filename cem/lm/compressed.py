@@ -14,7 +14,7 @@ from cem.compression import LowRankAttention, described
 from cem.layer import EnergyLayer
 
 from .config import CEMConfig
-from .layers import OPTIONS
+from .layers import OPTIONS, energy_in_groups
 from .quiet import quiet
 
 KEY = "low_rank_attention"
@@ -42,7 +42,7 @@ def save_compressed(model: PreTrainedModel, folder: str | PathLike) -> Path:
     }
     config = model.config
     if isinstance(config, CEMConfig):
-        blocks = config.blocks
+        blocks = [list(parts) for parts in config.blocks]
         for block, parts in zip(model.model.layers, blocks, strict=True):
             layers = zip(block.parts.items(), parts, strict=True)
             for place, ((name, layer), part) in enumerate(layers):
@@ -58,8 +58,7 @@ def save_compressed(model: PreTrainedModel, folder: str | PathLike) -> Path:
 
 
 def _is_as_said(layer: EnergyLayer, part: dict) -> bool:
-    known = {key: value for key, value in part.items() if key in layer.sizes}
-    return "groups" not in part and all(layer.sizes[key] == value for key, value in known.items())
+    return energy_in_groups(part, "layer")[0] == layer.energy_function
 
 
 @quiet()

@@ -100,9 +100,7 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
         ...
     ValueError: layer: an energy is one of the gallery or its own JSON: got 'interactoin'; type 'interaction'
     """
-    energy = energy_of(description, where)
-    if "groups" in description:
-        energy, description = _grouped(energy, description, where)
+    energy, description = energy_in_groups(description, where)
     options = {key: description[key] for key in ("learn", "steps", "refresh") if key in description}
     names = {str(name) for name in (*energy.dims, *energy.scalars)} - {"dim"}
     sizes = {key: value for key, value in description.items() if key not in OPTIONS}
@@ -157,8 +155,17 @@ def redescribed(
     return found
 
 
-def _grouped(energy: cem.Energy, description: Mapping[str, Any], where: str):
-    """The sum of an energy over its groups of heads, and the description of that sum."""
+def energy_in_groups(
+    description: Mapping[str, Any], where: str
+) -> tuple[cem.Energy, Mapping[str, Any]]:
+    """The energy of a description, summed over its groups of heads if it has some, and the description of the sum.
+
+    Raises:
+        ValueError: as :func:`energy_of`, or groups that are no list of sizes, or of an energy without heads.
+    """
+    energy = energy_of(description, where)
+    if "groups" not in description:
+        return energy, description
     groups = description["groups"]
     listed = isinstance(groups, list) and all(isinstance(one, Mapping) for one in groups)
     if not listed or not groups:

@@ -16,6 +16,7 @@ from cem.compression import layer_weights, spectra
 
 from .data import Data
 from .run import Run
+from .throughput import flops_per_token
 
 WAYS = ("weights", "spectra", "schedule", "uniform")
 
@@ -88,11 +89,10 @@ def plan_for(
         layers, weights: where they were measured before.
     """
     layers = layers or spectra(model, text.train)
-    step = max(layer.step for layer in layers)
     options = {
         "cost": cost,
         "groups": groups,
-        "multiple": -(-multiple // step) * step,
+        "multiple": multiple,
         "context": text.train.shape[1],
     }
     if by == "uniform":
@@ -106,12 +106,41 @@ def plan_for(
     return layers, allocate(budget, layers, weights=weights, **options)
 
 
+def savings(model: PreTrainedModel, plan: Plan, text: Calibration) -> dict[str, float]:
+    """Shares that a plan leaves of parameters and of forward operations a token: of the heads, and of the whole model.
+
+    The operations of the whole are counted as they run on one window, a backward pass being twice a forward pass.
+    """
+    found = {}
+    item = {"input_ids": text.train[0], "labels": text.train[0]}
+    whole = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": flops_per_token(model, item) / 3,
+    }
+    plan = replace(plan, context=text.train.shape[1])
+    for kind, total in whole.items():
+        now, full = plan.total(kind), plan.total(kind, full=True)
+        found[f"heads_{kind}"] = now / full
+        found[f"model_{kind}"] = 1 - (full - now) / total
+    return found
+
+
+def shares(model: PreTrainedModel, plan: Plan, text: Calibration) -> str:
+    """The same as a sentence."""
+    found = savings(model, plan, text)
+    return (
+        f"left of the heads: {found['heads_parameters']:.1%} of the parameters, {found['heads_flops']:.1%} of the"
+        f" operations; of the whole model: {found['model_parameters']:.1%} and {found['model_flops']:.1%}"
+    )
+
+
 def pictures(layers: list[Heads], plan: Plan) -> dict[str, bytes]:
     """The pictures of a plan as PNG, by their name."""
-    return {"plan.png": _png(plan.plot()), "spectra.png": _png(rank_plots.spectra(layers))}
+    return {"plan.png": png(plan.plot()), "spectra.png": png(rank_plots.spectra(layers))}
 
 
-def _png(ax) -> bytes:
+def png(ax) -> bytes:
+    """The figure of some axes as the bytes of a PNG file; the figure is closed."""
     from matplotlib import pyplot as plt
 
     held = io.BytesIO()
