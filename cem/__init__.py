@@ -121,7 +121,8 @@ __all__ = [
 
 def __getattr__(name: str):
     # What is not always needed is imported when it is first asked for.
-    if name in ("analysis", "plot", "testing", "token_parameters", "energies", "derivations"):
+    ours = ("allocation", "analysis", "compression", "plot", "testing", "token_parameters")
+    if name in (*ours, "energies", "derivations"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

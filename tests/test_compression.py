@@ -113,6 +113,13 @@ def test_pairs_stay_whole_and_common_ones_make_one_term(together):
     torch.testing.assert_close(small(h), small(h, positions=shift), **TIGHT)
 
 
+def test_common_pairs_are_gained_in_their_common_order():
+    forms, seen = read(layer_of("rotary_interaction")), Inputs(states())
+    own, common = gains(forms, seen), gains(forms, seen, together=True)
+    torch.testing.assert_close(own.sum(1), common.sum(1), **TIGHT)
+    assert (own[:, 0] >= common[:, 0]).all() and (common.sum(0).diff() <= 0).all()
+
+
 def test_interleaved_pairs_are_cut_too():
     energy = energies.rotary_interaction_by(pairing="interleaved")
     layer, h = cem.derive(energy, dim=DIM, heads=2, rank=6), states()

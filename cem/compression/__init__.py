@@ -125,7 +125,7 @@ def compress(
     found = cut(forms, ranks, seen, together=together)
     after = found.padded(forms)
     made = rebuilt(layer, forms, found)
-    table = gains(forms, seen)
+    table = gains(forms, seen, together=together)
     kept = sum(
         float(row[: rank // forms.step].sum()) for row, rank in zip(table, ranks, strict=True)
     )
@@ -147,7 +147,7 @@ def compress(
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers of a model by their path, in order.
+    """The attention layers of a model by their path, in order; those that were cut to several ranks are not among them.
 
     Raises:
         ValueError: there are none.
@@ -214,12 +214,13 @@ def spectra(
     """
     seen = {} if tokens is None else inputs_of(model, tokens)
     return [
-        _heads(name, read(module), seen.get(name)) for name, module in attentions(model).items()
+        _heads(name, read(module), seen.get(name), together)
+        for name, module in attentions(model).items()
     ]
 
 
-def _heads(name: str, forms: Forms, seen: Inputs | None) -> Heads:
-    rows = gains(forms, seen).clamp(min=0).tolist()
+def _heads(name: str, forms: Forms, seen: Inputs | None, together: bool = False) -> Heads:
+    rows = gains(forms, seen, together=together).clamp(min=0).tolist()
     return Heads(
         name,
         forms.q.shape[-1] - forms.biased,

@@ -78,10 +78,14 @@ def root(moment: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def gains(forms: Forms, seen: Inputs | None = None) -> Tensor:
-    """What each step keeps, squared singular values or gains of pairs, largest first, (H, rank / step)."""
+def gains(forms: Forms, seen: Inputs | None = None, *, together: bool = False) -> Tensor:
+    """What each step keeps, squared singular values or gains of pairs, largest first, (H, rank / step).
+
+    Pairs that all heads keep ``together`` stand in one order, that of their sums.
+    """
     if forms.pairs is not None:
-        return _pair_gains(forms, seen).sort(1, descending=True).values
+        table = _pair_gains(forms, seen)
+        return table.gather(1, _order(table, together))
     left, right = map(root, moments(forms, seen))
     found = torch.stack([_svd(q, k, left, right)[1] for q, k in zip(forms.q, forms.k, strict=True)])
     return (forms.scale * found).square()
@@ -122,6 +126,12 @@ def _pair_gains(forms: Forms, seen: Inputs | None) -> Tensor:
     return forms.scale**2 * torch.einsum("hpij,hpji->hp", cq, ck)
 
 
+def _order(table: Tensor, together: bool) -> Tensor:
+    """The pairs of each head, those that keep most first; those that keep most of all heads if ``together``."""
+    table = table.sum(0, keepdim=True).expand_as(table) if together else table
+    return table.argsort(dim=1, descending=True, stable=True)
+
+
 def cut(
     forms: Forms, ranks: tuple[int, ...], seen: Inputs | None = None, *, together: bool = False
 ) -> Cut:
@@ -134,9 +144,7 @@ def cut(
         together: all heads keep the same pairs of a rotation, those of the largest sum.
     """
     if forms.pairs is not None:
-        table = _pair_gains(forms, seen)
-        table = table.sum(0, keepdim=True).expand_as(table) if together else table
-        order = table.argsort(dim=1, descending=True, stable=True)
+        order = _order(_pair_gains(forms, seen), together)
         kept = tuple(tuple(sorted(order[a, : rank // 2].tolist())) for a, rank in enumerate(ranks))
         rows = [rows_of(forms, row) for row in kept]
         q = tuple(forms.q[a, :, row] for a, row in enumerate(rows))

@@ -88,7 +88,7 @@ def plan_for(
         by: ``"weights"``, measured in the loss, ``"spectra"`` alone, ``"schedule"`` or ``"uniform"``.
         layers, weights: where they were measured before.
     """
-    layers = layers or spectra(model, text.train)
+    layers = layers or spectra(model, text.train, together=groups == "layer")
     options = {
         "cost": cost,
         "groups": groups,
