@@ -65,10 +65,13 @@ parity: $(VENV)/.test  ## train energy models beside Llama on a CPU; goes on whe
 parity-gpu: $(GPU_TEST)  ## the same with 25 and 124 million parameters on a GPU
 	$(GPU_PYTHON) -m benchmarks.parity gpu-25m gpu-124m $(ARGS)
 
+allocation: $(VENV)/.test  ## train four small models and take rank away where it costs least
+	$(BIN)/python -m benchmarks.allocation $(ARGS)
+
 lint: $(VENV)/.dev  ## set up and run the static checks
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell
 
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 
-.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu parity parity-gpu lint clean
+.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu parity parity-gpu allocation lint clean

@@ -27,7 +27,8 @@ from cem.lm.run import Run
 from cem.lm.training import train
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 WAYS = {
     "uniform": "the same share everywhere",
@@ -130,8 +131,16 @@ def text_of(results: dict, said: dict) -> str:
         for what, value, most in bars(found):
             verdict = "met" if value <= most else "missed"
             lines.append(f"- {what}: {value:.4g}, at most {most:g}: {verdict}")
-        lines.append("")
+        lines += ["", f"![loss increase of {name}](results/{name}.png)", ""]
     return "\n".join(lines)
+
+
+def publish(said: str) -> None:
+    """Write the results into README.md, between its markers."""
+    page = HERE / "README.md"
+    before, rest = page.read_text("utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n\n{said}\n{END}{after}", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,18 +151,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="finished")
     parser.add_argument("--windows", type=int, default=64, help="of text, each side")
     parser.add_argument("--checked", type=int, default=8, help="windows whose rows are compared")
+    parser.add_argument("--report", action="store_true", help="measure nothing, publish")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     folders = dict(pair.split("=", 1) for pair in given.run)
     file = RESULTS / "allocation.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"models": {}}
-    for name in given.names or said["models"]:
+    for name in [] if given.report else given.names or said["models"]:
         print(name, flush=True)
         folder = folders.get(name) or trained(name, said, given.out)
         results["models"][name] = measure(Path(folder), given.windows, given.checked)
         results |= {
             "command": "python -m benchmarks.allocation",
-            "windows": given.windows,
             "seed": said["base"]["seed"],
             "device": f"cpu, {torch.get_num_threads()} thread, float32; spectra and bounds float64",
             "versions": {
@@ -165,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             "date": datetime.now(UTC).date().isoformat(),
         }
         file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    (RESULTS / "allocation.md").write_text(text_of(results, said), "utf-8")
+    publish(text_of(results, said))
     for name, found in results["models"].items():
         table = {
             way: {
@@ -175,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             for way in WAYS
         }
-        (RESULTS / f"allocation-{name}.png").write_bytes(png(rank_plots.increases(table)))
+        (RESULTS / f"{name}.png").write_bytes(png(rank_plots.increases(table)))
     print(text_of(results, said))
 
 

@@ -28,12 +28,12 @@ from ..allocation import Plan
 from ..allotment import Heads
 from ..layer import EnergyLayer
 from .attention import LowRankAttention as LowRankAttention
-from .bounds import Bounds, bounds, operator_norms
 from .forms import Forms, Inputs, is_attention, read
 from .groups import of_groups as of_groups
 from .layers import described as described
 from .layers import rebuilt
-from .saturation import Saturation, power_law, saturation
+from .levels import Bounds, bounds, operator_norms
+from .power_laws import Saturation, power_law, saturation
 from .truncation import Cut, cut, gains
 
 
