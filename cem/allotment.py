@@ -131,20 +131,21 @@ class LayerPlan:
                 f" width {dim}; write `heads` and `rank` into one part of each block"
             )
         part = dict(parts[at[0]])
-        count = part.pop("groups" if "groups" in part else "heads", None)
-        rank, copies = part.pop("rank", self.full_rank), part.pop("copies", None)
-        if isinstance(count, int) and (count, rank) != (len(self.ranks), self.full_rank):
+        counted = "groups" if "groups" in part else "heads"
+        count, rank = part.pop(counted), part.pop("rank", self.full_rank)
+        if (count, rank) != (len(self.ranks), self.full_rank):
             raise ValueError(
                 f"{where} has {count} heads of rank {rank}: got a plan for {len(self.ranks)} of {self.full_rank};"
                 " make the plan for this model with `cem allocate`"
             )
+        own = {key: part.pop(key) for key in ("per_group", "copies") if key in part}
         groups = []
         for heads, kept in self.groups:
-            sizes = {"heads": heads, "rank": kept}
-            if copies is not None:
-                sizes["copies"] = max(1, copies * kept // rank) if self.uses == "all" else copies
+            sizes = {counted: heads, "rank": kept} | own
+            if self.uses == "all" and "copies" in own:
+                sizes["copies"] = max(1, own["copies"] * kept // rank)
             groups.append(sizes)
-        made = part | (groups[0] if len(groups) == 1 else {"groups": groups})
+        made = part | (groups[0] if len(groups) == 1 else {"head_groups": groups})
         return [*parts[: at[0]], *([made] if groups else []), *parts[at[0] + 1 :]]
 
 
@@ -197,7 +198,7 @@ class Plan:
         """The configuration of a language model whose energies have the heads and ranks of this plan.
 
         Heads of one rank are one interaction energy; heads of several ranks are the sum of one energy for each rank,
-        in the key ``groups`` of their part. A layer without heads loses the part.
+        in the key ``head_groups`` of their part. A layer without heads loses the part.
 
         Args:
             config: a :class:`cem.hf.CEMConfig`; it is left as it is.

@@ -120,6 +120,14 @@ def test_common_pairs_are_gained_in_their_common_order():
     assert (own[:, 0] >= common[:, 0]).all() and (common.sum(0).diff() <= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_short_types_are_cut_in_double(dtype):
+    layer = layer_of("rotary_interaction").to(dtype)
+    small, done = compress(layer, [4, 2, 0], states())
+    assert small.Q_0.dtype is dtype and done.cut.q.dtype is torch.float64
+    assert torch.equal(small.Q_0[0], layer.Q[0])
+
+
 def test_interleaved_pairs_are_cut_too():
     energy = energies.rotary_interaction_by(pairing="interleaved")
     layer, h = cem.derive(energy, dim=DIM, heads=2, rank=6), states()

@@ -173,7 +173,7 @@ def test_a_plan_gives_each_block_its_heads_and_ranks():
     attention, mlp = BLOCK
     assert planned.blocks[0] == [attention, mlp]
     groups = [{"heads": 1, "rank": 8}, {"heads": 1, "rank": 2}]
-    assert planned.blocks[1] == [{"energy": "rotary_interaction", "groups": groups}, mlp]
+    assert planned.blocks[1] == [{"energy": "rotary_interaction", "head_groups": groups}, mlp]
     assert planned.blocks[2] == [mlp]
     assert config.layers is None, "the configuration is left as it is"
     model = transformers.AutoModelForCausalLM.from_config(planned)
@@ -195,10 +195,19 @@ def test_values_shrink_with_the_plan_where_it_says_so():
     config = cem.hf.CEMConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, block=[part])
     for uses, copies in (("scores", 4), ("all", 1)):
         made = plan_of([(8, 2)], uses=uses).apply(config).blocks[0][0]
-        assert [one["copies"] for one in made["groups"]] == [4, copies]
+        assert [one["copies"] for one in made["head_groups"]] == [4, copies]
     layer = derived(made, 16, 1e-6)
     assert not layer.w_0.any() and not layer.w_1.any(), "`init` speaks of all groups"
     assert layer.scalars == {"beta_0": 8**-0.5, "beta_1": 2**-0.5}
+
+
+def test_a_plan_counts_keys_where_queries_share_them():
+    part = {"energy": "grouped_interaction", "groups": 2, "per_group": 3, "rank": 8}
+    config = cem.hf.CEMConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, block=[part])
+    made = plan_of([(8, 2)]).apply(config)
+    layer = derived(made.blocks[0][0], 16, 1e-6)
+    assert layer.Q_1.shape == (1, 3, 2, 16) and layer.K_0.shape == (1, 8, 16)
+    assert plan_of([(4, 4)]).apply(config).blocks[0] == [part | {"rank": 4}]
 
 
 @pytest.mark.parametrize(
@@ -218,11 +227,11 @@ def test_plans_that_do_not_fit_are_refused(config, rows, message):
 
 
 def test_groups_that_are_no_groups_are_refused():
-    for groups, message in (([], "`groups` is a list of the sizes"), (3, "got 3; type")):
+    for groups, message in (([], "`head_groups` is a list of the sizes"), (3, "got 3; type")):
         with pytest.raises(ValueError, match=message):
-            derived({"energy": "interaction", "groups": groups}, 16, 1e-6)
+            derived({"energy": "interaction", "head_groups": groups}, 16, 1e-6)
     with pytest.raises(ValueError, match="has no matrices Q"):
-        derived({"energy": "gated_silu", "groups": [{"heads": 1}, {"heads": 2}]}, 16, 1e-6)
+        derived({"energy": "gated_silu", "head_groups": [{"heads": 1}, {"heads": 2}]}, 16, 1e-6)
     with pytest.raises(ValueError, match="`plan` of a run is the path of a plan: got 3"):
         Run(plan=3)
 

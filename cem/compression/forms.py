@@ -234,12 +234,18 @@ def _check_bilinear(layer: EnergyLayer, pairs: Tensor | None) -> None:
     h = torch.randn(1, 4, layer.dim, generator=generator).to(Q)
     with torch.no_grad():
         before, after = layer(h), functional_call(layer, moved, (h,))
-    if not torch.allclose(before, after, atol=1e-3 * float((before - h).abs().max() + 1e-9)):
+    if not _alike(before, after, (before - h).abs().max()):
         raise ValueError(
             f"the scores of energy `{layer.energy_function.name}` are not bilinear in Q h and K x, so their rank is"
             " not a number of coordinates: got another layer when one grew and the other shrank; normalised and capped"
             " scores cannot be cut"
         )
+
+
+def _alike(one: Tensor, other: Tensor, size: Tensor) -> bool:
+    """Whether two outputs differ by rounding only; another map differs by a good part of its size."""
+    share = 1e-3 if torch.finfo(one.dtype).eps < 1e-5 else 5e-2
+    return bool((one - other).abs().max() <= share * size + 1e-9)
 
 
 def _pairs(rank: int, interleaved: bool) -> Tensor:
@@ -293,7 +299,7 @@ def _check_matrices(module: nn.Module, forms: Forms) -> None:
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             wanted, problem = torch.full_like(found, torch.nan), str(error)
     module.train(training)
-    if not torch.allclose(wanted, found, atol=1e-3 * float(found.abs().max() + 1e-9)):
+    if not _alike(wanted, found, found.abs().max()):
         raise ValueError(
             f"`{type(module).__name__}` is not attention as in Llama or GPT-2, softmax of q . k with half-split"
             f" rotation or none and without a norm of queries and keys: got {problem}; only such attention can be cut"

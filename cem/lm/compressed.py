@@ -47,7 +47,7 @@ def save_compressed(model: PreTrainedModel, folder: str | PathLike) -> Path:
             layers = zip(block.parts.items(), parts, strict=True)
             for place, ((name, layer), part) in enumerate(layers):
                 if isinstance(layer, EnergyLayer) and not _is_as_said(layer, part):
-                    kept = {k: v for k, v in part.items() if k in OPTIONS and k != "groups"}
+                    kept = {k: v for k, v in part.items() if k in OPTIONS and k != "head_groups"}
                     kept.pop("init", None)
                     parts[place] = kept | described(layer) | {"name": name}
         config.layers = blocks

@@ -36,7 +36,7 @@ OPTIONS = (
     "steps",
     "refresh",
     "routed",
-    "groups",
+    "head_groups",
 )
 
 
@@ -66,7 +66,7 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
 
     - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives; or a list of
       such, whose sum is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
-    - ``groups``: where heads have several ranks, a list of the sizes and scalars of each group of heads,
+    - ``head_groups``: where heads have several ranks, a list of the sizes and scalars of each group of heads,
       ``[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]``; the energy is then the sum over the groups;
     - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
       ``rank`` and ``hidden`` that are missing are those of Llama, see :func:`usual_sizes`;
@@ -164,16 +164,16 @@ def energy_in_groups(
         ValueError: as :func:`energy_of`, or groups that are no list of sizes, or of an energy without heads.
     """
     energy = energy_of(description, where)
-    if "groups" not in description:
+    if "head_groups" not in description:
         return energy, description
-    groups = description["groups"]
+    groups = description["head_groups"]
     listed = isinstance(groups, list) and all(isinstance(one, Mapping) for one in groups)
     if not listed or not groups:
         raise ValueError(
-            f"{where}: `groups` is a list of the sizes of groups of heads: got {groups!r}; type"
+            f"{where}: `head_groups` is a list of the sizes of groups of heads: got {groups!r}; type"
             ' `[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]`'
         )
-    said = {key: value for key, value in description.items() if key != "groups"}
+    said = {key: value for key, value in description.items() if key != "head_groups"}
     if len(groups) == 1:
         return energy, said | groups[0]
     try:
