@@ -263,7 +263,6 @@ def test_the_command_makes_a_plan_and_a_run_trains_it(tmp_path):
         "train run.yaml --out run",
         "allocate run --budget 0.5 --windows 4 --out found --save",
         "train run.yaml plan=found/plan.yaml --out planned",
-        "eval planned",
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *lines], cwd=tmp_path, capture_output=True, text=True,
