@@ -232,7 +232,9 @@ def test_groups_that_are_no_groups_are_refused():
             derived({"energy": "interaction", "head_groups": groups}, 16, 1e-6)
     with pytest.raises(ValueError, match="has no matrices Q"):
         derived({"energy": "gated_silu", "head_groups": [{"heads": 1}, {"heads": 2}]}, 16, 1e-6)
-    with pytest.raises(ValueError, match="`plan` of a run is the path of a plan: got 3"):
+    with pytest.raises(
+        ValueError, match="`plan` of a run is the path of a plan, and not beside `grow`: got 3"
+    ):
         Run(plan=3)
 
 

@@ -145,7 +145,8 @@ def redescribed(
     {'energy': 'interaction', 'heads': 2, 'rank': 6, 'beta': 0.5}
     """
     found, energy = dict(description), layer.energy_function
-    if energy_of(description, name).expression != energy.expression:
+    grouped = found.pop("head_groups", None)
+    if grouped or energy_of(description, name).expression != energy.expression:
         found |= {"energy": json.loads(energy.to_json()), "name": name}
     found |= {size: value for size, value in layer.sizes.items() if size != "dim"}
     for scalar, value in layer._fixed.items():

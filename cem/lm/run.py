@@ -115,9 +115,10 @@ class Run:
                 f"`model` of a run is a preset or a configuration: got {self.model!r}; "
                 "type `model=tiny`"
             )
-        if not isinstance(self.plan, str | None):
+        if not isinstance(self.plan, str | None) or (self.plan and self.grow):
             raise ValueError(
-                f"`plan` of a run is the path of a plan: got {self.plan!r}; type `plan=plan.yaml`"
+                f"`plan` of a run is the path of a plan, and not beside `grow`: got {self.plan!r}; type"
+                " `plan=plan.yaml`"
             )
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(
@@ -194,6 +195,17 @@ class Run:
             if name not in how and mine.get(name) != theirs.get(name):
                 return name, mine.get(name), theirs.get(name)
         return None
+
+
+def planned(config, plan: str | None):
+    """The configuration with the heads and ranks of a plan in a YAML file, or as it is without one.
+
+    Raises:
+        ValueError: as :meth:`cem.allocation.Plan.read` and ``apply``.
+    """
+    from cem.allocation import Plan
+
+    return config if plan is None else Plan.read(plan).apply(config)
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -23,14 +23,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from .._version import __version__
-from ..allocation import Plan
 from . import grow, pictures
 from .callbacks import Clock, Energies, Finite, Metrics, Progress, Records, has_energies
 from .data import Data
 from .model import CEMForCausalLM  # noqa: F401 (so that the Auto classes know it)
 from .presets import preset
 from .quiet import quiet
-from .run import Run, refuse_unknown
+from .run import Run, planned, refuse_unknown
 from .throughput import flops_per_token, peak_flops
 from .trainer import PARTIAL, Trainer, checkpoints
 
@@ -78,8 +77,7 @@ class Result:
 
 def build(model: str | dict, tokenizer, plan: str | None = None) -> transformers.PreTrainedModel:
     """A new model for a tokenizer, from the ``model`` and ``plan`` of a :class:`Run`; raises as :func:`configure`."""
-    config = configure(model, tokenizer)
-    return AutoModelForCausalLM.from_config(Plan.read(plan).apply(config) if plan else config)
+    return AutoModelForCausalLM.from_config(planned(configure(model, tokenizer), plan))
 
 
 def configure(model: str | dict, tokenizer) -> transformers.PreTrainedConfig:
@@ -296,9 +294,8 @@ def _trainer(run: Run, out: Path, model=None):
     begins = model is None
     if begins:
         transformers.set_seed(run.seed)
-        tokenizer = prepared.tokenizer
-        begun = grow.begun(run, out, tokenizer) if run.grow else None
-        model = begun or build(run.model, tokenizer, run.plan)
+        words = prepared.tokenizer
+        model = grow.begun(run, out, words) if run.grow else build(run.model, words, run.plan)
     trainer = Trainer(
         model,
         args,
