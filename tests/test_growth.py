@@ -19,6 +19,7 @@ DEAD, CHANGES = "a dead point", "changes the update"
 EXPECTED = {
     "alibi_interaction": {"heads": "Q", "rank": "Q"},
     "collaborative_interaction": {"heads": "sigma", "rank": "Q"},
+    "consistent_token_parameters": {"tokens": (DEAD, None)},
     "dense_interaction": {"heads": "W"},
     "diagonal_plus_low_rank": {"rank": "Q"},
     "diagonal_plus_low_rank_full": {"heads": "Q lam", "rank": "Q"},  # lam starts at zero
@@ -56,7 +57,10 @@ EXPECTED = {
     "symmetric_interaction": {"heads": "sigma", "rank": "sigma"},
     "symmetrised_interaction": {"heads": "K", "rank": "K"},
     "tempered_interaction": {"heads": (CHANGES, "gain"), "rank": "Q"},
+    "token_parameters": {"tokens": (DEAD, "gain")},
+    "token_parameters_relu": {"tokens": (DEAD, "duplicate")},
     "two_sided_gated_silu": {"hidden": "U"},
+    "unnormalised_token_parameters": {"tokens": "gain"},
     "untied_interaction": {"heads": "V", "rank": "K", "copies": "V"},
 }
 FAMILIES = {"gated", "mixture_of_experts", "plain", "two_sided_gated", "two_sided_gated_gelu"}
