@@ -176,7 +176,7 @@ NUMBERS = {
     ),
     "tensordot, two axes": lambda h, *, U, V: torch.tensordot(U, V) * h.sum(),
     "inner of matrices": lambda h, *, U, V: (torch.inner(U, V) @ U @ h).square().sum(),
-    "three matrices": lambda h, *, U, V, W: (U @ W @ W.T @ V.T @ U @ h).tanh().sum(),
+    "three matrices": lambda h, *, U, V, W: (V.T @ U @ W @ h).tanh().sum(),
     "addmm": lambda h, *, U, V, W: (
         torch.addmm(U @ U.T, U, V.T, beta=2, alpha=0.5).square().sum() + h.sum()
     ),
