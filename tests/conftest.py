@@ -1,5 +1,6 @@
 """What every test shares: one thread, a seed, the device under test."""
 
+import logging
 import os
 
 # Set before torch and matplotlib are imported, and inherited by the subprocesses of tests.
@@ -49,3 +50,11 @@ def _same_start():
     left = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     assert left is torch.float32, f"the test left the default dtype at {left}"
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What transformers and cem log."""
+    for name in ("transformers", "cem"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    return caplog

@@ -1,9 +1,27 @@
 """Tiny language models for the tests of the Hugging Face interface: every kind of block, two blocks each."""
 
+import pytest
 import torch
-from transformers import set_seed
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    logging,
+    set_seed,
+)
 
-from cem.hf import CEMConfig, CEMForCausalLM
+from cem.hf import (
+    CEMConfig,
+    CEMForCausalLM,
+    CEMForQuestionAnswering,
+    CEMForSequenceClassification,
+    CEMForTokenClassification,
+    CEMModel,
+)
+
+logging.disable_progress_bar()
 
 VOCAB, WIDTH = 37, 16
 ATTENTION = {"energy": "rotary_interaction", "heads": 2, "rank": 8}
@@ -32,6 +50,17 @@ BLOCKS = {
 }
 # Layers that no cache serves: Newton asks for Hessians.
 UNCACHED = [{**ATTENTION, "update": {"Newton": {}}}, MLP]
+EVERY = {**BLOCKS, "newton": UNCACHED}
+KINDS = {
+    CEMModel: AutoModel,
+    CEMForCausalLM: AutoModelForCausalLM,
+    CEMForSequenceClassification: AutoModelForSequenceClassification,
+    CEMForTokenClassification: AutoModelForTokenClassification,
+    CEMForQuestionAnswering: AutoModelForQuestionAnswering,
+}
+blocks = pytest.mark.parametrize("block", EVERY.values(), ids=EVERY)
+cached = pytest.mark.parametrize("block", BLOCKS)
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
 def config(block="tied", **options):
@@ -51,3 +80,8 @@ def model(block="tied", kind=CEMForCausalLM, *, dtype=torch.float64, seed=0, **o
 def tokens(batch=2, length=9, seed=1):
     """Tokens (batch, length) from a seed."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
