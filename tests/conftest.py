@@ -58,3 +58,24 @@ def said(caplog, monkeypatch):
     for name in ("transformers", "cem"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     return caplog
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing: pictures are slow, and tested by themselves."""
+    from cem.lm import pictures
+
+    monkeypatch.setattr(pictures, "save", lambda out: None)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder and the result of a run that nothing interrupted."""
+    from training_runs import tiny_run
+
+    from cem.lm import pictures, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "save", lambda out: None)
+        out = tmp_path_factory.mktemp("trained")
+        return out, train(tiny_run(), out)
