@@ -2,6 +2,21 @@
 
 import sympy
 import torch
+from context_free_twins import (
+    gated_twin,
+    memory_twin,
+    mixture_of_experts_twin,
+    partly_tied_gated_twin,
+    plain_twin,
+    polynomial_memory_twin,
+    quadratic_well_twin,
+    sparse_coding_twin,
+    sparse_memory_twin,
+    sparsification_twin,
+    token_parameters_twin,
+    two_sided_gated_twin,
+    unnormalised_token_parameters_twin,
+)
 from helpers import sizes_of
 from sympy import Sum
 from torch.nn import functional as F
@@ -28,148 +43,64 @@ SIZES = {
     "tokens": 10,
 }
 
-dim, heads, rank, hidden, block, groups, per_group, features, tokens = cem.dims(
-    "dim heads rank hidden block groups per_group features tokens"
+dim, heads, rank, hidden, block, groups, per_group, features = cem.dims(
+    "dim heads rank hidden block groups per_group features"
 )
-
-
-# -- twins: torch pen of what the gallery writes in SymPy ----------------------------------------
-
-
-def gated_twin(activation):
-    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
-    def gated(h, *, U, G):
-        gate = activation(G @ h.detach())
-        return -0.5 * (gate * (U @ h).square()).sum()
-
-    return gated
-
-
-def two_sided_gated_twin(F):
-    @cem.energy(h="dim", U="hidden dim", G="hidden dim")
-    def two_sided_gated(h, *, U, G):
-        return -(F(torch.einsum("md,d->m", G, h)) * torch.mv(U, h)).sum()
-
-    return two_sided_gated
-
-
-def plain_twin(F):
-    @cem.energy(h="dim", U="hidden dim")
-    def plain(h, *, U):
-        return -F(torch.nn.functional.linear(h, U)).sum()
-
-    return plain
-
-
-def token_parameters_twin(F, frozen=False):
-    @cem.energy(h="dim", K="tokens dim")
-    def token_parameters(h, *, K, scale=tokens**0.5, eps=1e-12):
-        squares = (K @ (h.detach() if frozen else h)).square().sum()
-        r = torch.sqrt(squares + eps)
-        z = F(scale * (K @ h) / r)
-        return -r / scale * (z if frozen else z + 0.25).sum()  # F(0) = -1/4 for gelu
-
-    return token_parameters
-
-
-@cem.energy(h="dim", K="tokens dim", gain="tokens")
-def unnormalised_token_parameters_twin(h, *, K, gain):
-    return -torch.dot(gain, cem.gelu_antiderivative(K @ h))
-
-
-# -- twins: symbolic pen of what the gallery writes in torch -------------------------------------
-
-
-def attention_twin(h, x, *, diagonal=None):
-    """The interaction energy; ``diagonal(a, s)`` is a further term of its score."""
-    width = h.shape[0]
-    Q, K = cem.parameter("Q", heads, rank, width), cem.parameter("K", heads, rank, width)
-    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
-    i, j, a, r, s = h.index("i"), h.index("j"), heads.index("a"), rank.index("r"), x.index("s")
-    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
-    if diagonal is not None:
-        score += diagonal(a, s)
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
-
-
-def interaction_twin():
-    return attention_twin(cem.state(dim), cem.context(dim))
-
-
-def block_twin():
-    h, x = cem.state(heads * block), cem.context(heads * block)
-    lam, b = cem.parameter("lam", heads, block), block.index("b")
-
-    def diagonal(a, s):
-        return Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
-
-    return attention_twin(h, x, diagonal=diagonal)
-
-
-def rotary_block_twin():
-    h, x = cem.state(heads * block), cem.context(heads * block)
-    width = heads * block
-    Q, K = cem.parameter("Q", heads, rank, width), cem.parameter("K", heads, rank, width)
-    lam, b = cem.parameter("lam", heads, block), block.index("b")
-    beta = cem.scalar("beta", default=rank**-0.5, positive=True)
-    i, s = cem.index("i", width), x.index("s")
-    q = cem.rope(Sum(Q[a, r, i] * h[i], i), r, h)
-    k = cem.rope(Sum(K[a, r, i] * x[s, i], i), r, s)
-    own = Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
-    return cem.Energy(-Sum(cem.logsumexp(beta * (Sum(q * k, r) + own), s), a) / beta)
-
-
-def full_twin():
-    h, x = cem.state(dim), cem.context(dim)
-    lam, i = cem.parameter("lam", heads, dim), dim.index("i")
-    return attention_twin(h, x, diagonal=lambda a, s: Sum(lam[a, i] * h[i] * x[s, i], i))
 
 
 h, x = cem.state(dim), cem.context(dim)
 i, j, a, r, b, s = (
     size.index(name) for size, name in zip((dim, dim, heads, rank, block, x), "ijarbs", strict=True)
 )
+Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
 beta = cem.scalar("beta", default=rank**-0.5, positive=True)
+SCORE = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
+ATTENTION = {"h": "dim", "x": "seq dim", "Q": "heads rank dim", "K": "heads rank dim"}
 
 
-SCORE = Sum(
-    Sum(cem.parameter("Q", heads, rank, dim)[a, r, i] * h[i], i)
-    * Sum(cem.parameter("K", heads, rank, dim)[a, r, j] * x[s, j], j),
-    r,
-)
+def attention(score, sharpness=beta):
+    """Minus the log-sum-exp over tokens of each head."""
+    return cem.Energy(-Sum(cem.logsumexp(sharpness * score, s) / sharpness, a))
+
+
+def own_block(h, x):
+    """What a diagonal of each head's own block of coordinates adds to its score."""
+    lam = cem.parameter("lam", heads, block)
+    return Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
+
+
+def block_twin(turn=lambda vector, r, token: vector):
+    h, x = cem.state(heads * block), cem.context(heads * block)
+    Q, K = (cem.parameter(name, heads, rank, heads * block) for name in "QK")
+    d = cem.index("d", heads * block)
+    q, k = turn(Sum(Q[a, r, d] * h[d], d), r, h), turn(Sum(K[a, r, d] * x[s, d], d), r, s)
+    return attention(Sum(q * k, r) + own_block(h, x))
+
+
+def full_twin():
+    lam = cem.parameter("lam", heads, dim)
+    return attention(SCORE + Sum(lam[a, i] * h[i] * x[s, i], i))
 
 
 def dense_twin():
     W = cem.parameter("W", heads, dim, dim)
     beta = cem.scalar("beta", default=dim**-0.5, positive=True)
-    score = Sum(h[i] * W[a, i, j] * x[s, j], i, j)
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+    return attention(Sum(h[i] * W[a, i, j] * x[s, j], i, j), beta)
 
 
 def diagonal_twin():
-    h, x, lam = (
-        cem.state(heads * block),
-        cem.context(heads * block),
-        cem.parameter("lam", heads, block),
-    )
-    beta = cem.scalar("beta", default=1.0, positive=True)
-    score = Sum(lam[a, b] * h[block * a + b] * x[s, block * a + b], b)
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+    h, x = cem.state(heads * block), cem.context(heads * block)
+    return attention(own_block(h, x), cem.scalar("beta", default=1.0, positive=True))
 
 
 def symmetric_twin():
-    Q, sigma = cem.parameter("Q", heads, rank, dim), cem.parameter("sigma", heads, rank)
-    score = Sum(sigma[a, r] * Sum(Q[a, r, i] * h[i], i) * Sum(Q[a, r, j] * x[s, j], j), r)
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+    sigma = cem.parameter("sigma", heads, rank)
+    return attention(Sum(sigma[a, r] * Sum(Q[a, r, i] * h[i], i) * Sum(Q[a, r, j] * x[s, j], j), r))
 
 
 def symmetrised_twin():
-    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
-    score = sum(
-        Sum(Sum(read[a, r, i] * h[i], i) * Sum(key[a, r, j] * x[s, j], j), r)
-        for read, key in ((Q, K), (K, Q))
-    )
-    return cem.Energy(-Sum(cem.logsumexp(beta * score / 2, s), a) / beta)
+    other = Sum(Sum(K[a, r, i] * h[i], i) * Sum(Q[a, r, j] * x[s, j], j), r)
+    return cem.Energy(-Sum(cem.logsumexp(beta * (SCORE + other) / 2, s), a) / beta)
 
 
 def shared(factor):
@@ -178,13 +109,11 @@ def shared(factor):
 
 
 def collaborative_twin():
-    score = shared(cem.parameter("sigma", heads, rank)[a, r])
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
+    return attention(shared(cem.parameter("sigma", heads, rank)[a, r]))
 
 
 def tempered_twin():
-    sharpness = beta * sympy.exp(cem.parameter("log_beta", heads)[a])
-    return cem.Energy(-Sum(cem.logsumexp(sharpness * shared(1), s) / sharpness, a))
+    return attention(shared(1), beta * sympy.exp(cem.parameter("log_beta", heads)[a]))
 
 
 def grouped_twin():
@@ -195,54 +124,7 @@ def grouped_twin():
     return cem.Energy(-Sum(cem.logsumexp(beta * score, s), g, o) / beta)
 
 
-def memory_twin():
-    h, U = cem.state(dim), cem.parameter("U", hidden, dim)
-    beta = cem.scalar("beta", default=dim**-0.5, positive=True)
-    i, m = dim.index("i"), hidden.index("m")
-    partition = Sum(sympy.exp(beta * Sum(U[m, i] * h[i], i)), m)
-    return cem.Energy(Sum(h[i] ** 2, i) / 2 - sympy.log(partition) / beta)
-
-
-@cem.energy(h="dim", U="hidden dim")
-def sparse_memory_twin(h, *, U, beta=dim**-0.5):
-    return 0.5 * (h * h).sum() - cem.entmax_conjugate(beta * U @ h, -1) / beta
-
-
-def mixture_of_experts_twin(activation):
-    @cem.energy(h="dim", U="experts hidden dim", G="experts hidden dim")
-    def mixture_of_experts(h, *, U, G, beta=hidden**-0.5):
-        gate = activation(torch.einsum("emd,d->em", G, h.detach()))
-        value = 0.5 * (gate * torch.einsum("emd,d->em", U, h).square()).sum(-1)
-        return -torch.logsumexp(beta * value, dim=0) / beta
-
-    return mixture_of_experts
-
-
-@cem.energy(h="dim", U="hidden dim")
-def polynomial_memory_twin(h, *, U):
-    return -torch.relu(U @ h).pow(3).sum() / 3
-
-
-def quadratic_well_twin():
-    W, b = cem.parameter("W", rank, dim), cem.parameter("b", dim)
-    return cem.Energy(Sum(Sum(W[r, i] * (h[i] - b[i]), i) ** 2, r) / 2)
-
-
-def sparse_coding_twin():
-    D, A = cem.parameter("D", features, dim), cem.parameter("A", features, dim)
-    f = features.index("f")
-    missing = Sum(A[f, i] * cem.frozen(h)[i], i) - Sum(D[f, i] * h[i], i)
-    return cem.Energy(Sum(missing**2, f) / 2)
-
-
-@cem.energy(
-    h="dim",
-    x="seq dim",
-    Q="heads rank dim",
-    K="heads rank dim",
-    U="hidden dim",
-    G="hidden dim",
-)
+@cem.energy(**ATTENTION, U="hidden dim", G="hidden dim")
 def parallel_block_twin(h, x, *, Q, K, U, G, beta=rank**-0.5):
     score = torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
     attention = -torch.logsumexp(beta * score, dim=-1).sum() / beta
@@ -250,20 +132,16 @@ def parallel_block_twin(h, x, *, Q, K, U, G, beta=rank**-0.5):
 
 
 def normalised_twin():
-    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
     log_beta = cem.parameter("log_beta", heads)
     beta = cem.scalar("beta", default=rank**0.5, positive=True)
     q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
     lengths = sympy.sqrt(Sum(q**2, r)) * sympy.sqrt(Sum(k**2, r))
-    sharpness = beta * sympy.exp(log_beta[a])
-    return cem.Energy(-Sum(cem.logsumexp(sharpness * Sum(q * k, r) / lengths, s) / sharpness, a))
+    return attention(Sum(q * k, r) / lengths, beta * sympy.exp(log_beta[a]))
 
 
 def soft_capped_twin():
-    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
     cap = cem.scalar("cap", default=50.0, positive=True)
-    score = beta * Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
-    return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(score / cap), s), a) / beta)
+    return cem.Energy(-Sum(cem.logsumexp(cap * sympy.tanh(beta * SCORE / cap), s), a) / beta)
 
 
 def alibi_twin():
@@ -272,7 +150,7 @@ def alibi_twin():
 
 
 def sliding_window_twin():
-    @cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+    @cem.energy(**ATTENTION)
     def sliding_window(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
         score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
         return (
@@ -287,14 +165,14 @@ def sink_twin():
     return cem.Energy(-Sum(b + cem.softplus(L - b), a) / beta)
 
 
-@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", bias="heads buckets")
+@cem.energy(**ATTENTION, bias="heads buckets")
 def relative_twin(h, x, *, Q, K, bias, position, context_position, beta=rank**-0.5):
     score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
     score = score + cem.lookup(bias, cem.t5_bucket(position - context_position))
     return -torch.logsumexp(score, -1).sum() / beta
 
 
-@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim", xi="hidden dim")
+@cem.energy(**ATTENTION, xi="hidden dim")
 def energy_transformer_twin(h, x, *, Q, K, xi, position, context_position, beta=rank**-0.5):
     score = beta * torch.einsum("ard,d,arj,sj->as", Q, h, K, x)
     ahead = position - context_position
@@ -305,48 +183,23 @@ def energy_transformer_twin(h, x, *, Q, K, xi, position, context_position, beta=
 
 def subspace_compression_twin():
     U = cem.parameter("U", heads, rank, dim)
-    score = Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r)
-    return cem.Energy(-Sum(cem.logsumexp(beta * score, s), a) / beta)
-
-
-def sparsification_twin():
-    D = cem.parameter("D", dim, dim)
-    missing = cem.frozen(h)[j] - Sum(D[j, i] * h[i], i)
-    return cem.Energy(Sum(missing**2, j) / 2)
-
-
-def squared_interaction_twin():
-    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
-    score = Sum(Sum(Q[a, r, i] * h[i], i) * Sum(K[a, r, j] * x[s, j], j), r)
-    return cem.Energy(-Sum(score**2, a, s) / 2)
+    return attention(Sum(Sum(U[a, r, i] * h[i], i) * Sum(U[a, r, j] * x[s, j], j), r))
 
 
 def gated_linear_attention_twin():
-    h, x = cem.state(dim), cem.context(dim)
-    Q, K = cem.parameter("Q", heads, rank, dim), cem.parameter("K", heads, rank, dim)
     G, bias = cem.parameter("G", heads, dim), cem.parameter("bias", heads)
-    i, j, a, r = dim.index("i"), dim.index("j"), heads.index("a"), rank.index("r")
-    s = x.index("s")
-    q, k = Sum(Q[a, r, i] * h[i], i), Sum(K[a, r, j] * x[s, j], j)
     gate = -cem.softplus(-Sum(G[a, j] * x[s, j], j) - bias[a])
-    return cem.Energy(-Sum(cem.decay(gate, s) * Sum(q * k, r) ** 2, a, s) / 2)
+    return cem.Energy(-Sum(cem.decay(gate, s) * SCORE**2, a, s) / 2)
 
 
-@cem.energy(h="dim", x="seq dim", Q="heads rank dim", K="heads rank dim")
+@cem.energy(**ATTENTION)
 def rotary_twin(h, x, *, Q, K, position, context_position, beta=rank**-0.5):
     q = cem.rope(torch.einsum("ard,d->ar", Q, h), position)
     k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
     return -torch.logsumexp(beta * torch.einsum("ar,asr->as", q, k), dim=-1).sum() / beta
 
 
-UNTIED = {
-    "h": "dim",
-    "x": "seq dim",
-    "Q": "heads rank dim",
-    "K": "heads rank dim",
-    "W": "heads copies dim",
-    "V": "heads copies dim",
-}
+UNTIED = ATTENTION | {"W": "heads copies dim", "V": "heads copies dim"}
 
 
 def untied(h, x, Q, K, W, V, position, context_position, beta):
@@ -372,18 +225,12 @@ def partly_tied_twin(h, x, *, Q, K, W, V, w, position, context_position, beta=ra
     return held - (w * tied).sum() / beta
 
 
-@cem.energy(h="dim", U="hidden dim", G="hidden dim", D="hidden dim", w="hidden")
-def partly_tied_gated_twin(h, *, U, G, D, w):
-    force = (U @ h.detach()) * (D @ h) + w * (U @ h) ** 2 / 2
-    return -(F.silu(G @ h.detach()) * force).sum()
-
-
 TWINS = {
     "partly_tied_interaction": partly_tied_twin,
     "partly_tied_gated": partly_tied_gated_twin,
     "untied_interaction": untied_twin,
-    "rotary_diagonal_plus_low_rank": rotary_block_twin(),
-    "interaction": interaction_twin(),
+    "rotary_diagonal_plus_low_rank": block_twin(cem.rope),
+    "interaction": attention(SCORE),
     "diagonal_plus_low_rank": block_twin(),
     "diagonal_plus_low_rank_full": full_twin(),
     "dense_interaction": dense_twin(),
@@ -425,7 +272,7 @@ TWINS = {
     "subspace_compression": subspace_compression_twin(),
     "sparsification": sparsification_twin(),
     "gated_linear_attention": gated_linear_attention_twin(),
-    "squared_interaction": squared_interaction_twin(),
+    "squared_interaction": cem.Energy(-Sum(SCORE**2, a, s) / 2),
     "rotary_interaction": rotary_twin,
     "sparse_memory": sparse_memory_twin,
     "energy_transformer": energy_transformer_twin,
