@@ -29,6 +29,8 @@ GALLERY = {
     for name in energies.__all__
     if isinstance(found := getattr(energies, name), cem.Energy)
 }
+# One name for each energy: some have several.
+NAMES = tuple({energy: name for name, energy in GALLERY.items()}.values())
 SIZES = {
     "dim": 12,
     "heads": 2,

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,9 +62,22 @@ def test_check(name):
     page(name).check()
 
 
-def test_the_theorems_print_themselves(capsys):
-    runpy.run_path(str(ROOT / "derivations" / "certificate.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith("Why a step descends")
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [(name, "derivation()") for name in PAGES] + [(name, "__doc__.strip()") for name in THEOREMS],
+)
+def test_a_page_that_is_run_checks_and_prints_itself(name, printed):
+    _, program = inspect.getsource(page(name)).split('if __name__ == "__main__":\n')
+    assert program == f"    check()\n    print({printed})\n"
+
+
+def test_a_page_runs_by_its_dotted_name(monkeypatch, capsys):
+    module = page("gated_mlp")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    runpy.run_module(module.__name__, run_name="__main__")
+    torch.manual_seed(0)  # the certificate speaks of the parameters that were drawn after the check
+    module.check()
+    assert capsys.readouterr().out == f"{module.derivation()}\n"
 
 
 @pytest.mark.parametrize(
@@ -107,22 +119,6 @@ def test_derivation_is_of_this_energy(name):
     module = page(name)
     assert isinstance(module.derivation(), cem.Derivation)
     assert module.energy.name in str(module.derivation())
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_page_prints_its_derivation(name, capsys):
-    runpy.run_path(str(ROOT / "derivations" / f"{name}.py"), run_name="__main__")
-    torch.manual_seed(0)  # the certificate speaks of the parameters that were drawn after the check
-    page(name).check()
-    assert capsys.readouterr().out == f"{page(name).derivation()}\n"
-
-
-@pytest.mark.slow
-def test_page_runs_by_its_dotted_name():
-    command = [sys.executable, "-m", "cem.derivations.gated_mlp"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "gated_silu" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -209,13 +205,13 @@ def test_attention_is_torch_attention_with_tied_matrices():
     torch.testing.assert_close(layer(h), h + attended, rtol=1e-12, atol=1e-12)
 
 
-GALLERY = [name for name in energies.__all__ if isinstance(getattr(energies, name), cem.Energy)]
+found = (getattr(energies, name) for name in energies.__all__)
+GALLERY = dict.fromkeys(energy for energy in found if isinstance(energy, cem.Energy))
 
 
-@pytest.mark.parametrize("name", GALLERY)
-def test_gradient_matches_sympy(name):
+@pytest.mark.parametrize("energy", GALLERY, ids=lambda energy: energy.name)
+def test_gradient_matches_sympy(energy):
     """Every energy of the gallery, not only those with a page."""
-    energy = getattr(energies, name)
     known = {"seq", *map(str, energy.dims)}
     sizes = {size: value for size, value in CONCRETE.items() if size in known}
     checks.assert_gradient_matches_sympy(energy, **sizes)
