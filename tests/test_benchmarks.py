@@ -1,5 +1,6 @@
 """The benchmarks compute what they claim to time, and a run holds together on tiny sizes."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cold, counts, layers, memory, report, space
+from benchmarks import cold, counts, layers, measures, memory, report, space
 from benchmarks.cases import (
     CASES,
     ROTARY,
@@ -108,6 +109,11 @@ def test_peak_memory_counts_what_a_pass_allocates(device):
     assert autograd > fused + 4 * 2**20
 
 
+@pytest.mark.slow
+def test_a_peak_in_a_process_of_its_own():
+    assert memory.fresh_peak("autograd", 256, QUICK) > 2**20  # its scores alone
+
+
 @pytest.mark.parametrize(
     "direct, steps, seq, span",
     [(0, 1, 9, False), (0, 3, 7, False), (0, 3, 9, True), (16, 1, 9, False)],
@@ -170,8 +176,16 @@ def test_the_points_of_the_design_space_run(tmp_path, capsys):
     assert "counted" in rows[0].what
 
 
+@pytest.fixture
+def few_processes(monkeypatch):
+    """Peaks are taken here, and what was asked of a process is not asked of a second one."""
+    monkeypatch.setattr(cold, "fresh", functools.cache(cold.fresh))
+    for module in (measures, space):
+        monkeypatch.setattr(module, "fresh_peak", lambda *asked: max(1, memory.peak_bytes(*asked)))
+
+
 @pytest.mark.slow
-def test_every_section_of_the_design_space_runs(tmp_path):
+def test_every_section_of_the_design_space_runs(few_processes, tmp_path):
     run = space.main(["--quick", "--seconds", "0.1", "--out", str(tmp_path / "space.json")])
     assert run["command"].startswith("python -m benchmarks.space")
     assert all(row["value"] is not None for row in run["rows"])
@@ -192,7 +206,7 @@ def test_cold_measurements_have_sizes_for_every_energy():
 
 
 @pytest.mark.slow
-def test_every_section_runs(tmp_path, monkeypatch):
+def test_every_section_runs(few_processes, tmp_path, monkeypatch):
     monkeypatch.setattr(cold, "gallery", lambda: ["interaction"])
     out = [str(tmp_path / "run.json"), str(tmp_path / "run.md")]
     run = layers.main(["--quick", "--seconds", "0.1", "--out", *out])
