@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Case, D, T, assert_same, copy_of, gradients, looped
+from helpers import B, Case, D, T, assert_same, copy_of, gradients, looped
 from torch import nn
 
 import cem
@@ -21,7 +21,7 @@ RULES = {
     "descents": lambda: cem.GradientDescent([0.1, 0.05, 0.2], learn=True),
     "momentum": lambda: cem.Momentum(0.1, 0.7),
     "learned momentum": lambda: cem.Momentum([0.1, 0.05, 0.2], 0.7, learn=True),
-    "newton": lambda: cem.Newton(0.3, 5, step_size=0.2, learn=True),
+    "newton": lambda: cem.Newton(0.3, 3, step_size=0.2, learn=True),
     "proximal": lambda: cem.Proximal(0.1, cem.prox.l1(0.2), learn=True),
     "line search": lambda: cem.LineSearch(2.0, 0.5, 0.3, tries=6),
     "nesterov": lambda: cem.Nesterov(0.1, 0.7, learn=True),
@@ -59,16 +59,9 @@ GRID = list(pairwise([rule for rule in RULES if rule != "newton"], PRECONDITIONE
 GRID += [("newton", None, norm, refresh) for norm in NORMS for refresh in REFRESH]
 
 
-def made(rule, preconditioner, norm, refresh, **options):
-    steps = 3
-    layer = BOTH.derive(
-        update=RULES[rule](),
-        preconditioner=preconditioner,
-        norm=norm,
-        refresh=refresh,
-        steps=steps,
-        **options,
-    )
+def made(rule, preconditioner, norm, refresh, rules=RULES, **options):
+    options |= {"preconditioner": preconditioner, "norm": norm, "refresh": refresh}
+    layer = BOTH.derive(update=rules[rule](), steps=3, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -81,7 +74,8 @@ def made(rule, preconditioner, norm, refresh, **options):
 def test_a_layer_is_its_definition(rule, preconditioner, norm, refresh):
     layer = made(rule, preconditioner, norm, refresh)
     assert layer.lowering.kind == "fused" and layer.lowering.kernels == BOTH.kernels
-    inputs = BOTH.inputs()
+    # The definition loops over tokens, and over the iterations of a solver.
+    inputs = BOTH.inputs(lead=(1,) if rule == "newton" else (B,))
     found = gradients(layer, layer, inputs)
     truth = gradients(lambda **inputs: reference_of(layer, **inputs), layer, inputs)
     # Conjugate gradients multiply rounding by the condition of the Hessian.
@@ -122,9 +116,16 @@ def test_a_trace_has_the_energies_of_the_states(rule, refresh):
             assert_close(energies_[step], truth, 1e-12)
 
 
+# Every try of a search and every iteration of a solver is written into the graph.
+SHORT = RULES | {
+    "newton": lambda: cem.Newton(0.3, 2, step_size=0.2, learn=True),
+    "line search": lambda: cem.LineSearch(2.0, 0.5, 0.3, tries=2),
+}
+
+
 @every
 def test_one_graph_without_breaks(rule):
-    layer = made(rule, None, nn.RMSNorm, "layer")
+    layer = made(rule, None, nn.RMSNorm, "layer", rules=SHORT)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = BOTH.inputs()

@@ -46,7 +46,8 @@ def test_the_commands(command, tmp_path, monkeypatch):
 
 def test_the_export_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = tiny_run(model={"preset": "tiny", "num_hidden_layers": 1}, trainer={"max_steps": 1})
+    model = {"preset": "tiny", "hidden_size": 16, "num_hidden_layers": 1}
+    run = tiny_run(model=model, trainer={"max_steps": 1})
     cem.lm.train(run, "run")
     code, said = command("export", "run", "alone")
     assert code == 0 and said.out == "wrote alone\n" and said.err == ""
