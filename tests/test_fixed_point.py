@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import D, T, assert_same, gradients, quadratic_layer
+from helpers import D, T, assert_same, gradients
+from quadratics import quadratic_layer
 from torch import nn
 
 import cem

@@ -11,8 +11,8 @@ from helpers import (
     assert_same,
     by_name,
     gradients,
-    quadratic_layer,
 )
+from quadratics import quadratic_layer
 from torch import nn
 
 import cem

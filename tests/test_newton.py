@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import ENERGIES, Case, D, T, by_name, quadratic_layer
+from helpers import ENERGIES, Case, D, T, by_name
+from quadratics import quadratic_layer
 
 import cem
 from cem import energies

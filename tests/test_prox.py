@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import least_squares
+from quadratics import least_squares
 from torch import nn
 
 import cem

@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from helpers import ENERGIES, Case, D, T, assert_same, gradients, quadratic_layer
+from helpers import ENERGIES, Case, D, T, assert_same, gradients
+from quadratics import quadratic_layer
 from test_descent import BOTH, RULES, made
 from torch import nn
 

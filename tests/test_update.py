@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import quadratic_layer
+from quadratics import quadratic_layer
 
 import cem
 from cem.testing import assert_close
