@@ -87,7 +87,9 @@ def test_linear_attention_of_the_last_tokens_of_a_context(causal, decay):
 def test_linear_attention_gradcheck(decay, length, monkeypatch):
     monkeypatch.setattr("cem.lowering.kernels.linear.CHUNK", 4)
     inputs = [x.requires_grad_() for x in linear_inputs(length, decay, True)]
-    assert gradcheck(linear_call(kernels.linear_attention, decay, True), inputs)
+    # Two chunks entry by entry; more of them along random directions.
+    attend = linear_call(kernels.linear_attention, decay, True)
+    assert gradcheck(attend, inputs, fast_mode=length > 5)
 
 
 @decays
