@@ -6,7 +6,8 @@ JOBS     ?= 2
 ARGS     ?=
 RESULTS  := benchmarks/results
 BIN      := $(VENV)/bin
-INSTALL   = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt
+# Python compiles what is imported; to compile all of torch and transformers takes longer than to unpack it.
+INSTALL   = $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt
 
 # The GPU targets take a PYTHON named by the caller as it is, without a virtual environment
 # and without an install: `make test-gpu PYTHON=python3` on a machine that has torch.
@@ -39,10 +40,10 @@ demo: $(VENV)/.lm  ## set up and run the demo
 	$(BIN)/cem demo $(ARGS)
 
 test: $(VENV)/.test  ## set up and run the tests; ARGS='-m "not slow"' for the quick ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-long: $(VENV)/.test  ## ten thousand trials against certificates and bounds, processes that are killed: minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m long -rP $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m long -rP $(ARGS)
 
 test-gpu: $(GPU_TEST)  ## the whole suite on a GPU; ARGS='-m gpu' for what needs one
 	CEM_DEVICE=cuda $(GPU_PYTHON) -m pytest --junitxml=$(RESULTS)/tests-cuda.xml $(ARGS)
