@@ -81,16 +81,6 @@ def test_the_slope_is_taken_through_the_norm_and_the_preconditioner():
     assert_close(first.slope(h, v), ahead.detach() / (2 * eps), 1e-7)
 
 
-def test_a_compiled_search_is_the_same():
-    case = Case(energies.interaction + energies.gated, ())
-    layer = case.derive(update=cem.LineSearch(8.0, tries=5), steps=2)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_same(
-        gradients(compiled, layer, case.inputs()), gradients(layer, layer, case.inputs()), 1e-12
-    )
-
-
 def test_the_backward_pass_takes_the_sizes_as_constants():
     case = Case(energies.interaction, ())
     layer = case.derive(update=cem.LineSearch(0.25, slope=0.0))
