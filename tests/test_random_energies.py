@@ -205,15 +205,20 @@ def many(examples):
     return settings(max_examples=examples, suppress_health_check=quick)
 
 
-@many(100)
+@many(60)
 @given(sums(LOCAL))
 def test_energies_without_a_context(expression):
     check(expression, causal=True, masked=False)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@many(50)
-@given(expression=sums(CONTEXTUAL))
-def test_energies_of_a_context(causal, masked, expression):
+@many(60)
+@given(sums(CONTEXTUAL), st.booleans(), st.booleans())
+def test_energies_of_a_context(expression, causal, masked):
+    check(expression, causal, masked)
+
+
+@pytest.mark.long
+@many(800)
+@given(sums(CONTEXTUAL), st.booleans(), st.booleans())
+def test_many_energies_of_a_context(expression, causal, masked):
     check(expression, causal, masked)
