@@ -1,5 +1,6 @@
 """Runs that go on: an interruption changes nothing."""
 
+import functools
 import json
 import logging
 import random
@@ -25,14 +26,24 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("optimizer", "step"), [("adamw", 1), ("adamw", 12), ("muon", 5)])
-def test_an_interrupted_run_takes_the_same_losses(optimizer, step, tmp_path, monkeypatch):
-    assert 8 < len(Data(**data()).prepare().train) // 4 < 20  # 30 steps are some epochs
-    run = tiny_run(
-        optimizer=optimizer, trainer={"max_steps": 30, "save_steps": 4, "logging_steps": 3}
-    )
-    cem.lm.train(run, tmp_path / "straight")
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run with an optimizer that nothing interrupts, and its folder."""
 
+    @functools.cache
+    def trained(optimizer):
+        steps = {"max_steps": 30, "save_steps": 4, "logging_steps": 3}
+        run, out = tiny_run(optimizer=optimizer, trainer=steps), tmp_path_factory.mktemp(optimizer)
+        cem.lm.train(run, out)
+        return run, out
+
+    return trained
+
+
+@pytest.mark.parametrize(("optimizer", "step"), [("adamw", 1), ("adamw", 12), ("muon", 5)])
+def test_an_interrupted_run_takes_the_same_losses(optimizer, step, straight, tmp_path, monkeypatch):
+    assert 8 < len(Data(**data()).prepare().train) // 4 < 20  # 30 steps are some epochs
+    run, whole = straight(optimizer)
     last = step
 
     def interrupt(self, args, state, control, **kwargs):
@@ -43,15 +54,15 @@ def test_an_interrupted_run_takes_the_same_losses(optimizer, step, tmp_path, mon
         patch.setattr(Clock, "on_step_begin", interrupt)
         for _ in range(2):
             with pytest.raises(Killed):
-                cem.lm.train(run, tmp_path / "resumed")
+                cem.lm.train(run, tmp_path)
             last += 13
-    result = cem.lm.train(run, tmp_path / "resumed")
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
-    assert result.loss == training.Result.read(tmp_path / "straight").loss
+    result = cem.lm.train(run, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+    assert result.loss == training.Result.read(whole).loss
 
 
 def test_a_run_that_goes_on_makes_no_remarks(tmp_path, monkeypatch):
-    model = {"preset": "tiny", "num_hidden_layers": 1}
+    model = {"preset": "tiny", "hidden_size": 16, "num_hidden_layers": 1}
     run = tiny_run(model=model, trainer={"max_steps": 6, "eval_steps": 0.5}, trace_steps=0)
 
     def interrupt(self, args, state, control, **kwargs):
