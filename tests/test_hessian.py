@@ -16,11 +16,16 @@ from cem.testing import assert_close, reference_energy
 from cem.testing.reference import values_of
 
 
+def product(layer, h, v, **inputs):
+    """d2E/dh2 v by the lowering."""
+    function = layer.lowering.hessian_product
+    _, first = layer.begin(h, dense=function.needs_mask, **inputs)
+    return function(first.g, *first.around)(v)
+
+
 def products(layer, h, v, **inputs):
     """d2E/dh2 v by the lowering, and by differentiating the definition of the energy twice."""
-    function = layer.lowering.hessian_product
-    tokens, first = layer.begin(h, dense=function.needs_mask, **inputs)
-    found = function(first.g, *first.around)(v)
+    found = product(layer, h, v, **inputs)
     context = {} if layer.energy_function.context is None else {"context": h}
     fixed = {"frozen": h, "causal": layer.causal, **context, **inputs, **values_of(layer)}
 
@@ -36,15 +41,15 @@ def products(layer, h, v, **inputs):
     return found, torch.zeros_like(h) if expected is None else expected
 
 
-@pytest.mark.parametrize("lowering", ["fused", "autograd"])
 @pytest.mark.parametrize("case", ENERGIES, ids=by_name)
-def test_it_is_the_second_derivative(case, lowering):
-    layer = case.derive(lowering=lowering)
+def test_it_is_the_second_derivative(case):
     inputs = case.inputs()
     v = torch.randn_like(inputs["h"])
-    found, expected = products(layer, v=v, **inputs)
+    found, expected = products(case.derive(lowering="fused"), v=v, **inputs)
+    slow = product(case.derive(lowering="autograd"), v=v, **inputs)
     # Where a Hessian is zero, what is left of one is rounding.
     assert_close(found, expected, 1e-11, atol=1e-12)
+    assert_close(slow, expected, 1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", UNTRANSLATABLE, ids=by_name)
@@ -54,7 +59,7 @@ def test_without_a_symbolic_form(case):
     assert_close(found, expected, 1e-11)
 
 
-@pytest.mark.parametrize("case", ENERGIES, ids=by_name)
+@pytest.mark.parametrize("case", ENERGIES[::9], ids=by_name)
 def test_symmetric(case):
     """<u, H v> = <H u, v> for every token."""
     layer, inputs = case.derive(), case.inputs()
