@@ -74,6 +74,13 @@ UPDATES = {
 }
 
 
+def in_named_parts(energy, *others: Expr) -> tuple[Naming, Expr]:
+    """The names of what an energy, its gradient and other expressions are made of, and the energy in terms of them."""
+    normal = canonical(energy.expression)
+    naming = Naming([normal, energy.gradient, *others])
+    return naming, naming.rewrite(normal)
+
+
 class Derivation:
     """The steps from an energy to its layer: print it, or ask for ``latex()`` or ``html()``.
 
@@ -130,10 +137,7 @@ class Derivation:
         return self
 
     def _derive(self, energy, together: bool) -> None:
-        normal = canonical(energy.expression)
-        roots = [normal, energy.gradient, *([energy.joint_gradient] if together else [])]
-        naming = Naming(roots)
-        self.energy = naming.rewrite(normal)
+        naming, self.energy = in_named_parts(energy, *([energy.joint_gradient] if together else []))
         self.force = naming.rewrite(-energy.gradient)
         if together:
             self.joint_force = naming.rewrite(-energy.joint_gradient)

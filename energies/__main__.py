@@ -10,6 +10,7 @@ from sympy import Sum
 
 import cem
 from cem import energies
+from cem.derivation import in_named_parts
 from cem.language.document import Math
 
 README = Path(__file__).with_name("README.md")
@@ -70,7 +71,7 @@ def row(energy: cem.Energy, names: list[str]) -> tuple[str, ...]:
     layer = cem.derive(energy, **{str(size): 4 for size in energy.dims})
     return (
         f"[{' = '.join(names)}]({home(names[-1])})",
-        f"`{Math.of(energy.derivation().energy).text}`",
+        f"`{Math.of(in_named_parts(energy)[1]).text}`",
         energy.curvature,
         promise(energy),
         ", ".join(layer.lowering.kernels),

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import analysis
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_trains_and_saves(tmp_path, monkeypatch):
     sides = {
         "drawn": ("llama", 0.003, False),
