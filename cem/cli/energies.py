@@ -32,7 +32,8 @@ SizesArgument = Annotated[
 @app.command()
 def demo(
     steps: Annotated[
-        int | None, typer.Option(help="How long to train; by default a minute and a half.", min=1)
+        int | None,
+        typer.Option(help="How long to train; by default a minute and three quarters.", min=1),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for the pictures, the page and the model.")
@@ -52,7 +53,7 @@ def demo(
 ) -> None:
     """Train a small language model made of energies.
 
-    It takes about two minutes: most of it is training, then come the comparison with counting
+    It takes about two and a half minutes: most of it is training, then come the comparison with counting
     and the pictures of the descent.
     """
     if not energy:
