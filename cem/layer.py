@@ -5,6 +5,7 @@ Legend: B batch, T tokens, S context tokens, D dim.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -101,6 +102,13 @@ class EnergyLayer(nn.Module):
         self.dense = descent.needs_dense(self, lowering)
         self.packs = lowering.packs and not self.update.needs and self.tolerance is None
         return lowering
+
+    def options(self) -> dict:
+        """What :func:`derive` was told beside energy, sizes and scalars, for a layer like this; modules are copied."""
+        names = ("causal", "steps", "refresh", "moving", "joint", "tolerance", "checkpoint")
+        kept = {name: getattr(self, name) for name in names}
+        modules = {n: copy.deepcopy(getattr(self, n)) for n in ("update", "preconditioner", "norm")}
+        return kept | modules | {"lowering": self._asked, "learn": [s.name for s in self._learned]}
 
     def reset_parameters(self) -> None:
         """Draw every parameter afresh; see :func:`~cem.initialisation.initialise`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -70,22 +69,7 @@ def _energy_layer(layer: EnergyLayer, forms: Forms, found: Cut) -> EnergyLayer:
             for axis, named in enumerate(parameter.shape):
                 if named not in (heads, rank) and named.is_Symbol and not energy.width.has(named):
                     sizes[f"{named}{suffix}"] = value.shape[axis]
-    new = derive(
-        made,
-        causal=layer.causal,
-        steps=layer.steps,
-        update=deepcopy(layer.update),
-        preconditioner=deepcopy(layer.preconditioner),
-        norm=deepcopy(layer.norm),
-        refresh=layer.refresh,
-        moving=layer.moving,
-        joint=layer.joint,
-        tolerance=layer.tolerance,
-        checkpoint=layer.checkpoint,
-        lowering=layer._asked,
-        learn=[s.name for s in layer._learned],
-        **sizes,
-    ).to(layer.Q)
+    new = derive(made, **layer.options(), **sizes).to(layer.Q)
     with torch.no_grad():
         for name, value in placed.items():
             getattr(new, name).copy_(value)

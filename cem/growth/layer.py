@@ -229,20 +229,8 @@ def _built(layer, sizes: Mapping[Dim, int], recomputed: bool, energy: Energy | N
         scalars |= _defaults(layer, sizes)
     learned = {scalar: layer.scalars[scalar.name] for scalar in layer._learned}
     ordered = {s: (scalars | learned)[s] for s in energy.scalars}
-    parts = copy.deepcopy((layer.update, layer.preconditioner, layer.norm))
-    options = ("causal", "steps", "refresh", "moving", "joint", "tolerance", "checkpoint")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        found = type(layer)(
-            energy,
-            sizes,
-            ordered,
-            learn=[scalar.name for scalar in layer._learned],
-            update=parts[0],
-            preconditioner=parts[1],
-            norm=parts[2],
-            lowering=layer._asked,
-            **{name: getattr(layer, name) for name in options},
-        )
+        found = type(layer)(energy, sizes, ordered, **layer.options())
     found = found.double()
     own = dict(layer.named_parameters())
     for name, parameter in found.named_parameters():
