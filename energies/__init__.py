@@ -14,6 +14,12 @@ from .gated import gated, gated_by, gated_gelu, gated_relu, gated_sigmoid, gated
 from .gated_linear_attention import gated_linear_attention
 from .grouped_interaction import grouped_interaction
 from .interaction import interaction
+from .loosely_tied import (
+    loosely_tied_gated,
+    loosely_tied_gated_by,
+    loosely_tied_interaction,
+    loosely_tied_interaction_by,
+)
 from .memory import memory
 from .mixture_of_experts import (
     mixture_of_experts,
@@ -90,6 +96,10 @@ __all__ = [
     "gated_silu",
     "grouped_interaction",
     "interaction",
+    "loosely_tied_gated",
+    "loosely_tied_gated_by",
+    "loosely_tied_interaction",
+    "loosely_tied_interaction_by",
     "memory",
     "mixture_of_experts",
     "mixture_of_experts_by",

@@ -99,6 +99,11 @@ def sparsification_twin():
     return cem.Energy(Sum(missing**2, j) / 2)
 
 
+@cem.energy(**GATED, w="hidden")
+def loosely_tied_gated_twin(h, *, U, G, w):
+    return -(w * F.silu(G @ h.detach()) * (U @ h) ** 2).sum() / 2
+
+
 @cem.energy(**GATED, D="hidden dim", w="hidden")
 def partly_tied_gated_twin(h, *, U, G, D, w):
     force = (U @ h.detach()) * (D @ h) + w * (U @ h) ** 2 / 2

@@ -4,6 +4,7 @@ import sympy
 import torch
 from context_free_twins import (
     gated_twin,
+    loosely_tied_gated_twin,
     memory_twin,
     mixture_of_experts_twin,
     partly_tied_gated_twin,
@@ -227,7 +228,18 @@ def partly_tied_twin(h, x, *, Q, K, W, V, w, position, context_position, beta=ra
     return held - (w * tied).sum() / beta
 
 
+@cem.energy(**ATTENTION, w="heads")
+def loosely_tied_twin(h, x, *, Q, K, w, position, context_position, beta=rank**-0.5):
+    held = cem.rope(torch.einsum("ard,d->ar", Q, h.detach()), position)
+    moved = cem.rope(torch.einsum("ard,d->ar", Q, h - h.detach()), position)
+    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
+    score = torch.einsum("ar,asr->as", held, k) + torch.einsum("a,ar,asr->as", w, moved, k)
+    return -torch.logsumexp(beta * score, dim=-1).sum() / beta
+
+
 TWINS = {
+    "loosely_tied_interaction": loosely_tied_twin,
+    "loosely_tied_gated": loosely_tied_gated_twin,
     "partly_tied_interaction": partly_tied_twin,
     "partly_tied_gated": partly_tied_gated_twin,
     "untied_interaction": untied_twin,

@@ -64,6 +64,9 @@ def lse(score):
 SCORE = Sum(dot(Q, a, r) * key(K, a, r), r)
 FROZEN = Sum(dot(Q, a, r, vector=c) * key(K, a, r), r)
 
+own_projections = energies.loosely_tied_interaction_by(
+    outputs="own", values="own", shares="coordinate", temperatures=True, name="own_projections"
+)
 biased = cem.Energy(lse(SCORE + Sum(b[a, j] * x[s, j], j)), name="biased")
 gaussian = cem.Energy(lse(-Sum((dot(Q, a, r) - key(K, a, r)) ** 2, r) / 2), name="gaussian")
 soft_capped = cem.Energy(lse(3 * tanh(SCORE / 3)), name="soft_capped")
@@ -276,6 +279,9 @@ ENERGIES = [
     Case(energies.partly_tied_interaction, SDPA),
     Case(energies.untied_interaction, SDPA),
     Case(energies.partly_tied_gated, ("matmul",)),
+    Case(energies.loosely_tied_interaction, SDPA),
+    Case(own_projections, SDPA),
+    Case(energies.loosely_tied_gated, ("matmul",)),
     Case(energies.alibi_interaction, SDPA),
     Case(energies.sliding_window_interaction, SDPA),
     Case(energies.sliding_window_interaction_by(3), SDPA),

@@ -39,6 +39,8 @@ VERDICTS = {
     "gated_silu": "bounded step size",
     "grouped_interaction": "any step size",
     "interaction": "any step size",
+    "loosely_tied_gated": "measured only",
+    "loosely_tied_interaction": "any step size",
     "memory": "bounded step size",
     "mixture_of_experts_relu": "any step size",
     "mixture_of_experts_silu": "measured only",

@@ -41,6 +41,7 @@ def test_the_name_can_be_typed(name):
 # -- curvature -----------------------------------------------------------------------------------
 
 CONCAVE = {
+    "loosely_tied_interaction",
     "untied_interaction",
     "rotary_diagonal_plus_low_rank",
     "gated_linear_attention",

@@ -31,6 +31,8 @@ EXPECTED = {
     "gated_silu": {"hidden": "G"},
     "grouped_interaction": {"groups": "Q", "per_group": "Q", "rank": "Q"},
     "interaction": {"heads": "Q", "rank": "Q"},
+    "loosely_tied_gated": {"hidden": "G"},
+    "loosely_tied_interaction": {"heads": "K", "rank": "K"},
     "memory": {"hidden": (CHANGES, "duplicate")},
     "mixture_of_experts_relu": {"experts": (CHANGES, "duplicate"), "hidden": (DEAD, "duplicate")},
     "mixture_of_experts_silu": {"experts": (CHANGES, "duplicate"), "hidden": "G"},

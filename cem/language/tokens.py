@@ -14,8 +14,11 @@ class TokenSum(Reduction):
     """The sum over all tokens t that see a token, of an expression of t and of what it sees: ``args = (body, s)``.
 
     The index s of the context is bound: it stands for the token that receives. It arises where the
-    energies of all tokens are differentiated together.
+    energies of all tokens are differentiated together. Of zero it is zero.
     """
+
+    def __new__(cls, body: Expr, index: Idx) -> Expr:
+        return body if body == 0 else super().__new__(cls, body, index)
 
     def _sympystr(self, printer) -> str:
         return f"TokenSum({', '.join(map(printer.doprint, self.args))})"
