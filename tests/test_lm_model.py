@@ -166,6 +166,25 @@ def test_a_factor_on_the_start_multiplies_what_was_drawn():
     assert torch.equal(one.K, other.K)
 
 
+def test_a_value_at_the_start_fills_the_parameter():
+    energy = {"loosely_tied_interaction_by": {"shares": "head", "fraction": 0.5}}
+    its = model([{**ATTENTION, "rank": 8, "energy": energy, "init": {"w": {"value": 1.0}}}])
+    layer = its.model.layers[1].parts["loosely_tied_interaction"]
+    assert torch.equal(layer.w, torch.ones(2)) and layer.Q.std() > 0
+    assert "kernels.turns(position, 10000.0, 4," in layer.code
+    rotary = {"rotary_interaction_by": {"fraction": 0.5}}
+    tied = model([{**ATTENTION, "rank": 8, "energy": rotary}])
+    ids = torch.arange(9).unsqueeze(0)
+    state = {n: p for n, p in its.state_dict().items() if not n.endswith(".w")}
+    tied.load_state_dict({n.replace("loosely_tied", "rotary"): p for n, p in state.items()})
+    torch.testing.assert_close(its(ids).logits, tied(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_family_takes_the_activation_by_name():
+    its = model([{"energy": {"gated_by": {"g": "softplus"}}, "hidden": 5}])
+    assert list(its.model.layers[0].parts) == ["gated_softplus"]
+
+
 @pytest.mark.parametrize("size", ["tiny", "25m"])
 def test_a_preset_has_the_parameters_of_its_twin(size):
     def count(name):
@@ -222,6 +241,14 @@ WRONG = {
     "two": ({**ATTENTION, "update": {"Momentum": {}, "Newton": {}}}, "one name with its arguments"),
     "size": ({"energy": "relative_interaction"}, "needs the size buckets"),
     "init": ({**ATTENTION, "init": {"W": 1.0}}, "a parameter in `init` .* got 'W'"),
+    "value": ({**ATTENTION, "init": {"Q": {"values": 1}}}, "`init` of `Q` is a factor or a value"),
+    "family": ({"energy": {"rotary_by": {}}}, "a family of energies is one of .*'rotary_inter"),
+    "options": ({"energy": {"gated_by": 3}}, "`gated_by` takes its options by name: got 3"),
+    "activation": ({"energy": {"gated_by": {"g": "exp"}}}, "an activation is one of .*got 'exp'"),
+    "tie": (
+        {"energy": {"loosely_tied_interaction_by": {"values": "w"}}},
+        "`values` of .* is one of .*'keys', 'own'.*: got 'w'",
+    ),
     "module": ({"module": "convolution"}, "a module is one of"),
     "llama": ({"module": "mlp", "heads": 2}, "a key is one of .* got 'heads'"),
 }
@@ -253,9 +280,10 @@ def test_a_window_is_read_block_by_block(monkeypatch):
         asked.append(arguments[5])  # ordered
         return windowed(*arguments)
 
-    monkeypatch.setattr(kernels, "windowed_attention", noted)
     its, ids = model([PARTS["window"]]), tokens()
     whole = its(ids, use_cache=False).logits
+    monkeypatch.setattr(kernels, "windowed_attention", noted)
+    assert torch.equal(its(ids, use_cache=False).logits, whole)
     places = torch.arange(ids.shape[1]).expand_as(ids)
     assert torch.allclose(
         its(ids, position_ids=places, use_cache=False).logits, whole, rtol=0, atol=1e-12

@@ -11,7 +11,7 @@ from torch import nn
 from training_runs import LLAMA, tiny_run
 
 from cem.lm import training
-from cem.lm.optimizer import Muon, decayed, hidden_matrices
+from cem.lm.optimizer import Muon, decayed, hidden_matrices, parameter_groups
 from cem.lm.tokenizer import byte_tokenizer
 from cem.lm.trainer import Trainer
 
@@ -90,3 +90,31 @@ def test_weight_decay_is_for_matrices(muon, tmp_path):
         found |= {id(p): (group["weight_decay"], p.ndim >= 2) for p in group["params"]}
     assert len(found) == len(list(model.parameters()))
     assert {*found.values()} == {(0.1, True), (0.0, False)}
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_groups_have_rates_and_decay_of_their_own(muon, tmp_path):
+    model = training.build(LLAMA, byte_tokenizer())
+    args = training.arguments(tiny_run(), tmp_path)
+    said = {
+        "*.layers.0.*q_proj*": {"learning_rate": 0.5, "weight_decay": 0.3},
+        "*q_proj*": {"weight_decay": 0.0},
+    }
+    trainer = Trainer(model, args, eval_dataset=[], bytes_per_token=1.0, muon=muon, groups=said)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, Muon) == muon
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == len(names)
+    for name, group in found.items():
+        first, second = (f"layers.{n}.self_attn.q_proj" in name for n in (0, 1))
+        decay = 0.3 if first else 0.1 if name in decayed(model) and not second else 0.0
+        assert (group["lr"], group["weight_decay"]) == (args.learning_rate / (1 + first), decay)
+        assert group.get("muon", False) == (muon and name in hidden_matrices(model))
+    assert optimizer.param_groups[0]["lr"] == args.learning_rate
+
+
+def test_a_pattern_that_matches_nothing_is_refused():
+    model = training.build(LLAMA, byte_tokenizer())
+    with pytest.raises(ValueError, match="a pattern of `groups` .* got 'Q', which matches none"):
+        parameter_groups(model, 0.1, 0.1, {"Q": {}}, muon=False)

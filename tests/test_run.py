@@ -60,6 +60,8 @@ def test_the_defaults_are_those_of_pretraining(tmp_path):
         ("data: 3", [], "`data` of a run holds names and values: got 3"),
         ("model: 3", [], "`model` of a run is a preset or a configuration: got 3"),
         ("optimizer: sgd", [], "must be adamw or muon: got 'sgd'; .*`trainer.optim=NAME`"),
+        ("groups: {'*.Q': {lr: 1}}", [], "`groups` of a run hold numbers .*learning_rate: 0.5"),
+        ("groups: {'*.Q': {weight_decay: -1}}", [], "`groups` of a run hold numbers .*got '..Q'"),
         ("seed: x", [], "`seed` of a run must be an integer from 0: got 'x'; type `seed=1`"),
         ("threads: 0", [], "`threads` of a run must be an integer from 1: got 0"),
         ("trainer: {seed: 1}", [], "`trainer.seed` has another place: got 1; type `seed=0`"),

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sympy.core.function import FunctionClass
 from torch import Tensor, nn
 
 import cem
@@ -44,12 +45,17 @@ def energy_of(description: Mapping[str, Any], where: str) -> cem.Energy:
     """The energy that a description names, from the gallery or from its own JSON; of a list, their sum.
 
     Raises:
-        ValueError: no energy of the gallery has that name.
+        ValueError: no energy of the gallery has that name, or no family, or a family refuses its options.
+
+    >>> energy_of({"energy": {"rotary_interaction_by": {"fraction": 0.5}}}, "layer").name
+    'rotary_interaction'
     """
     named = description["energy"]
     if isinstance(named, list) and named:
         energies = [energy_of({"energy": one}, where) for one in named]
         return sum(energies[1:], energies[0])
+    if isinstance(named, Mapping) and len(named) == 1 and str(next(iter(named))).endswith("_by"):
+        return _of_family(*next(iter(named.items())), where)
     if isinstance(named, Mapping):
         return cem.Energy.from_json(json.dumps(named))
     found = getattr(cem.energies, named, None) if isinstance(named, str) else None
@@ -59,13 +65,38 @@ def energy_of(description: Mapping[str, Any], where: str) -> cem.Energy:
     return found
 
 
+def _of_family(name: str, options: Mapping[str, Any], where: str) -> cem.Energy:
+    """The member of a family of the gallery, such as ``rotary_interaction_by``, with these options, plain data.
+
+    An activation is named as in the language: ``{"gated_by": {"g": "softplus"}}``.
+    """
+    known = [n for n in cem.energies.__all__ if n.endswith("_by")]
+    if name not in known:
+        raise _unknown(f"{where}: a family of energies", name, known)
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"{where}: `{name}` takes its options by name: got {options!r}; type `{{{name}: {{}}}}`"
+        )
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    if "g" in options:
+        words = [n for n in cem.__all__ if isinstance(getattr(cem, n), FunctionClass)]
+        if options["g"] not in words:
+            raise _unknown(f"{where}: an activation", options["g"], words)
+        options["g"] = getattr(cem, options["g"])
+    try:
+        return getattr(cem.energies, name)(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "layer"):
     """The :class:`~cem.EnergyLayer` of a description.
 
     A description is a mapping with the keys
 
-    - ``energy``: a name of the gallery, or the mapping that ``json.loads(energy.to_json())`` gives; or a list of
-      such, whose sum is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
+    - ``energy``: a name of the gallery, or a family of it with its options, ``{"rotary_interaction_by":
+      {"fraction": 0.5}}``, or the mapping that ``json.loads(energy.to_json())`` gives; or a list of such, whose sum
+      is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
     - ``head_groups``: where heads have several ranks, a list of the sizes and scalars of each group of heads,
       ``[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]``; the energy is then the sum over the groups;
     - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
@@ -76,7 +107,7 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
       size that starts at 1 if it is missing;
     - ``preconditioner``: likewise; the identity if it is missing;
     - ``init``: a factor on the standard deviations at which parameters start, or a mapping from their names to
-      factors;
+      factors, or to what they start at in all entries: ``{"Q": 0.5, "w": {"value": 1.0}}``;
     - ``learn``, ``steps``, ``refresh``: as in :func:`cem.derive`;
     - ``routed``: a mapping such as ``{"capacity": 0.33}``, see :func:`cem.lm.routed.routed`: the layer takes a share of
       the tokens, and is inside a :class:`~cem.Routed`.
@@ -286,7 +317,7 @@ def why_no_cache(layer: cem.EnergyLayer | cem.Routed) -> str | None:
 
 
 def scale_start(layer: cem.EnergyLayer, init: float | Mapping[str, float], where: str) -> None:
-    """Multiply the parameters of the energy by the factors of ``init``, in place."""
+    """Multiply the parameters of the energy by the factors of ``init``, or fill them with its values, in place."""
     parameters = {
         str(p.name): getattr(layer, str(p.name)) for p in layer.energy_function.parameters
     }
@@ -294,7 +325,13 @@ def scale_start(layer: cem.EnergyLayer, init: float | Mapping[str, float], where
     for name, factor in factors.items():
         if name not in parameters:
             raise _unknown(f"{where}: a parameter in `init`", name, list(parameters))
-        parameters[name].data.mul_(factor)
+        said = factor.get("value") if isinstance(factor, Mapping) and len(factor) == 1 else factor
+        if isinstance(said, bool) or not isinstance(said, int | float):
+            raise ValueError(
+                f"{where}: `init` of `{name}` is a factor or a value: got {factor!r}; type `{name}: 0.5` or"
+                f" `{name}: {{value: 1.0}}`"
+            )
+        parameters[name].data.mul_(factor) if said is factor else parameters[name].data.fill_(said)
 
 
 def _made(description, table: Mapping[str, type], where: str, *arguments, eps: float | None = None):

@@ -1,6 +1,9 @@
-"""Muon for the hidden matrices, AdamW for everything else, as one optimizer."""
+"""Muon for the hidden matrices, AdamW for everything else, as one optimizer; and who is trained how."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +116,52 @@ def hidden_matrices(model: nn.Module) -> list[str]:
     ends |= {id(parameter) for parameter in scores.parameters()} if scores is not None else set()
     named = dict(model.named_parameters())
     return [name for name in decayed(model) if id(named[name]) not in ends]
+
+
+def parameter_groups(
+    model: nn.Module, rate: float, decay: float, said: Mapping[str, Mapping[str, float]], muon: bool
+) -> list[dict]:
+    """The parameters of a model in groups of one learning rate and one weight decay.
+
+    Matrices decay, and with ``muon`` those between the embedding and the scores are updated by it.
+
+    Args:
+        model: whose parameters.
+        rate, decay: learning rate and weight decay of a group that says nothing else.
+        said: a pattern of names, as in a shell, to ``{"learning_rate": FACTOR, "weight_decay": VALUE}``, where a
+            factor is on the learning rate; of several patterns that match a name, the first.
+        muon: whether the groups say ``muon``.
+
+    Raises:
+        ValueError: a pattern that matches no parameter.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> said = {"0.*": {"learning_rate": 0.5}}
+    >>> [(g["lr"], g["weight_decay"], len(g["params"])) for g in parameter_groups(model, 0.01, 0.1, said, False)]
+    [(0.01, 0.1, 1), (0.01, 0.0, 1), (0.005, 0.1, 1), (0.005, 0.0, 1)]
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern in said:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(
+                f"a pattern of `groups` matches names of parameters: got {pattern!r}, which matches none; "
+                f"type `{next(reversed(named))}` or `*`"
+            )
+    matrices, hidden = set(decayed(model)), set(hidden_matrices(model)) if muon else set()
+    found: dict[tuple, dict] = {}
+    for pattern in (
+        None,
+        *said,
+    ):  # what is not named comes first: its rate is the one that is logged
+        for name, parameter in named.items():
+            match = next((one for one in said if fnmatchcase(name, one)), None)
+            if match != pattern:
+                continue
+            changes = said.get(match, {})
+            decays = changes.get("weight_decay", decay) if name in matrices else 0.0
+            group = {"lr": rate * changes.get("learning_rate", 1.0), "weight_decay": decays}
+            group |= {"muon": name in hidden} if muon else {}
+            found.setdefault(tuple(group.items()), group | {"params": []})["params"].append(
+                parameter
+            )
+    return list(found.values())

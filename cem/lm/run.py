@@ -75,6 +75,9 @@ class Run:
         trainer: names of ``transformers.TrainingArguments``, verbatim, over :data:`DEFAULTS`.
         optimizer: ``"adamw"`` is what ``trainer.optim`` names, by default fused AdamW; ``"muon"``
             is :class:`cem.lm.optimizer.Muon`.
+        groups: learning rates and weight decay of some parameters by patterns of their names,
+            ``{"*.Q": {"learning_rate": 0.5, "weight_decay": 0.0}}``, see
+            :func:`cem.lm.optimizer.parameter_groups`.
         trace_steps: after how many steps the energies of the layers are recorded; 0 is never.
         threads: of torch, on a CPU.
         seed: of the parameters and of the order of the data.
@@ -97,6 +100,7 @@ class Run:
     data: dict = field(default_factory=dict)
     trainer: dict = field(default_factory=dict)
     optimizer: str = "adamw"
+    groups: dict = field(default_factory=dict)
     trace_steps: int = 100
     threads: int = 1
     seed: int = 0
@@ -104,7 +108,7 @@ class Run:
     plan: str | None = None
 
     def __post_init__(self):
-        for name in ("data", "trainer"):
+        for name in ("data", "trainer", "groups"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(
                     f"`{name}` of a run holds names and values: got {getattr(self, name)!r}; "
@@ -125,6 +129,15 @@ class Run:
                 f"`optimizer` of a run must be adamw or muon: got {self.optimizer!r}; "
                 "another one is named by `trainer.optim=NAME`"
             )
+        for pattern, said in self.groups.items():
+            numbers = isinstance(said, dict) and all(
+                type(value) in (int, float) and value >= 0 for value in said.values()
+            )
+            if not numbers or not set(said) <= {"learning_rate", "weight_decay"}:
+                raise ValueError(
+                    f"`groups` of a run hold numbers from 0 under a pattern of names: got {pattern!r}: {said!r}; "
+                    'type `groups={"*.Q": {learning_rate: 0.5, weight_decay: 0.0}}`'
+                )
         for name, least in (("trace_steps", 0), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import RandomSampler
 
-from .optimizer import Muon, decayed, hidden_matrices
+from .optimizer import Muon, decayed, parameter_groups
 
 # A checkpoint is written in here and then moved, so that one that has its place is whole.
 PARTIAL = "checkpoint.partial"
@@ -37,13 +37,16 @@ class Trainer(transformers.Trainer):
     Args:
         bytes_per_token: of the held-out text.
         muon: whether the hidden matrices are updated by Muon.
+        groups: learning rates and decay of some, see :func:`cem.lm.optimizer.parameter_groups`.
         model, args, **keywords: as the original.
 
     Raises:
         ValueError: FSDP was asked for and is not what runs.
     """
 
-    def __init__(self, model, args, *, bytes_per_token: float, muon: bool = False, **keywords):
+    def __init__(
+        self, model, args, *, bytes_per_token: float, muon: bool = False, groups=None, **keywords
+    ):
         def metrics(found: transformers.EvalPrediction) -> dict[str, float]:
             nats = found.predictions.sum() / (found.label_ids[:, 1:] != -100).sum()
             return {"nats": nats, "bits_per_byte": nats / math.log(2) / bytes_per_token}
@@ -58,7 +61,7 @@ class Trainer(transformers.Trainer):
             preprocess_logits_for_metrics=window_nats,
             **keywords,
         )
-        self.muon = muon
+        self.muon, self.groups = muon, groups or {}
         self._run_folder = None
         _check_engine(args, self.accelerator.distributed_type)
 
@@ -93,23 +96,17 @@ class Trainer(transformers.Trainer):
         return decayed(model)
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None and self.muon:
-            model = self.model if model is None else model
-            named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            hidden, matrices = hidden_matrices(model), decayed(model)
-            rest = [name for name in named if name not in hidden]
-            groups = [
-                {"params": [named[n] for n in hidden if n in named], "muon": True},
-                {"params": [named[n] for n in rest if n in matrices]},
-                {"params": [named[n] for n in rest if n not in matrices], "weight_decay": 0.0},
-            ]
-            self.optimizer = Muon(
-                [group for group in groups if group["params"]],
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
+        if self.optimizer is None and (self.muon or self.groups):
+            args, model = self.args, self.model if model is None else model
+            groups = parameter_groups(
+                model, args.learning_rate, args.weight_decay, self.groups, self.muon
             )
+            if self.muon:
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer = Muon(groups, betas=betas, eps=args.adam_epsilon)
+            else:
+                made, options = self.get_optimizer_cls_and_kwargs(args, model)
+                self.optimizer = made(groups, **options)
         return super().create_optimizer(model)
 
     def _get_output_dir(self, trial):

@@ -276,8 +276,7 @@ def sample(out: str | Path, prompt: str, *, tokens: int = 128, seed: int = 0, **
 def _same_run(run: Run, out: Path) -> None:
     if not (out / "run.yaml").is_file():
         return
-    difference = run.difference(Run.read(out / "run.yaml"))
-    if difference is not None:
+    if difference := run.difference(Run.read(out / "run.yaml")):
         name, mine, theirs = difference
         raise ValueError(
             f"{out} holds another run: its `{name}` is {theirs!r}, got {mine!r}; name another folder"
@@ -304,6 +303,7 @@ def _trainer(run: Run, out: Path, model=None):
         processing_class=prepared.tokenizer,
         bytes_per_token=prepared.bytes_per_token,
         muon=run.optimizer == "muon",
+        groups=run.groups,
     )
     for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(callback)
