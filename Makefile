@@ -66,6 +66,9 @@ parity: $(VENV)/.test  ## train energy models beside Llama on a CPU; goes on whe
 parity-gpu: $(GPU_TEST)  ## the same with 25 and 124 million parameters on a GPU
 	$(GPU_PYTHON) -m benchmarks.parity gpu-25m gpu-124m $(ARGS)
 
+studies: $(VENV)/.test  ## train small models that differ in one choice; goes on where it was stopped
+	$(BIN)/python -m benchmarks.studies ties half llama together $(ARGS)
+
 allocation: $(VENV)/.test  ## train four small models and take rank away where it costs least
 	$(BIN)/python -m benchmarks.allocation $(ARGS)
 
@@ -75,4 +78,4 @@ lint: $(VENV)/.dev  ## set up and run the static checks
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 
-.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu parity parity-gpu allocation lint clean
+.PHONY: help demo test test-long test-gpu bench bench-space bench-gpu parity parity-gpu studies allocation lint clean

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from sweeps import RATES, SIDES, Fake
 
-from benchmarks.parity import __main__ as parity
+from benchmarks import protocol
 from cem import cli
 from cem.lm import Sweep, comparison, pictures
 from cem.lm.callbacks import read_records
@@ -137,9 +137,9 @@ def test_the_command_reports(tmp_path, monkeypatch, capsys):
 def test_results_are_published_between_the_markers(tmp_path):
     sweep, _ = swept(tmp_path / "runs")
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{parity.BEGIN}old{parity.END}\nafter\n")
+    readme.write_text(f"before\n{protocol.BEGIN}old{protocol.END}\nafter\n")
     for name in ("one", "two"):
-        parity.publish(name, sweep, tmp_path / "runs", results, readme)
+        protocol.publish(name, sweep, tmp_path / "runs", results, readme)
     page = readme.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert page.count("### one") == page.count("### two") == 1

@@ -68,7 +68,7 @@ def test_a_sweep_is_a_file_with_changes_of_its_base(tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    [*(ROOT / "examples").glob("design_space.yaml"), *(ROOT / "benchmarks/parity").glob("*.yaml")],
+    [*(ROOT / "examples").glob("design_space.yaml"), *(ROOT / "benchmarks").glob("[ps]*/*.yaml")],
     ids=lambda path: path.stem,
 )
 def test_the_sweeps_of_the_repository_can_be_read(file):
