@@ -134,6 +134,29 @@ def test_the_command_reports(tmp_path, monkeypatch, capsys):
     assert exit_.value.code == 2 and "got neither; type `cem sweep SWEEP.yaml`" in said
 
 
+def test_differences_are_marks_with_intervals_the_best_on_top(tmp_path):
+    sweep, rows = swept(tmp_path, sides=SIDES | {"best": {"model": "llama-25m"}}, seeds=[1, 2])
+    found = comparison.groups(sweep, rows)
+    for row in found[2].rows.values():
+        row["loss"] -= 0.5
+    del found[2].rows[2]
+    ax = pictures.differences(found, comparison.beside_of(sweep, found))
+    assert [label.get_text().partition(",")[0] for label in ax.get_yticklabels()] == ["cem", "best"]
+    marks = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([0.065, -0.5], abs=1e-12)
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True]
+    assert marks[0].get_color() != marks[1].get_color()
+    [(low, high)] = ax.collections[0].get_segments()
+    assert (low[0], high[0]) == pytest.approx((0.06, 0.07), abs=1e-12)
+
+
+def test_many_sides_have_no_legend_to_tell_them_apart(tmp_path):
+    sides = {f"side{n}": {"model": "tiny", "trace_steps": n} for n in range(15)}
+    sweep, rows = swept(tmp_path, sides=sides, vary={}, select=None, seeds=[1])
+    comparison.compare(sweep, rows, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"differences.png"}
+
+
 def test_results_are_published_between_the_markers(tmp_path):
     sweep, _ = swept(tmp_path / "runs")
     readme, results = tmp_path / "README.md", tmp_path / "results"

@@ -128,7 +128,7 @@ def sweep(
     """Train and compare several models, over a grid and with seeds.
 
     Typed again it goes on where it was interrupted; typed twice at once, both work on it. Then,
-    and with --report alone, it prints a table and draws pareto.png and curves.png.
+    and with --report alone, it prints a table and draws differences.png, pareto.png and curves.png.
     """
     if (file is None) == (report is None):
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,23 +126,34 @@ def groups(sweep: Sweep, rows: Mapping[str, dict]) -> list[Group]:
     return list(found.values())
 
 
-def table(sweep: Sweep, rows: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """The titles and the cells of the comparison, a line for each group."""
-    found = groups(sweep, rows)
+def beside_of(sweep: Sweep, found: Sequence[Group]) -> Callable[[Group], Group | None]:
+    """Which group of the reference another one is compared with: that at the same values, or the selected one."""
     reference = {
         str(group.values): group for group in found if group.side == sweep.reference and group.rows
     }
     chosen = next(iter(reference.values()), None)
+
+    def beside(group: Group) -> Group | None:
+        if group.side == sweep.reference:
+            return None
+        return chosen if sweep.select else reference.get(str(group.values))
+
+    return beside
+
+
+def table(sweep: Sweep, rows: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """The titles and the cells of the comparison, a line for each group."""
+    found = groups(sweep, rows)
+    beside = beside_of(sweep, found)
     lines = []
     for group in found:
         failed = f", {len(group.failed)} failed" if group.failed else ""
         line = [group.label, f"{len(group.rows)}{failed}"]
         if group.rows:
-            beside = chosen if sweep.select else reference.get(str(group.values))
-            alone = beside is None or group.side == sweep.reference
+            other = beside(group)
             line += [
                 group.interval().text(4),
-                "" if alone else group.difference(beside).text(4, "+"),
+                "" if other is None else group.difference(other).text(4, "+"),
                 f"{group.mean('bits_per_byte'):.4f}",
                 f"{group.mean('parameters'):,.0f}",
                 _engineering(group.mean("flops_per_token")),
@@ -203,22 +214,28 @@ def text(sweep: Sweep, rows: Mapping[str, dict], markdown: bool = False) -> str:
 
 
 def compare(sweep: Sweep, rows: Mapping[str, dict], out: str | Path) -> str:
-    """:func:`text`; pareto.png and curves.png are drawn into the folder of the sweep."""
+    """:func:`text`; pictures are drawn into the folder of the sweep.
+
+    differences.png is always drawn, pareto.png and curves.png where there are no more than 14 sides, which a legend
+    can still tell apart.
+    """
     from . import pictures
 
     found = [group for group in groups(sweep, rows) if group.rows]
-    if found:
+    drawn = {}
+    if any(map(beside_of(sweep, found), found)):
+        drawn["differences"] = pictures.differences(found, beside_of(sweep, found)).figure
+    if found and len({group.side for group in found}) <= 14:
         lines = {
             row["name"]: read_records(Path(out) / row["name"] / "metrics.jsonl")
             for group in found
             for row in group.rows.values()
         }
-        for name, figure in (
-            ("pareto", pictures.pareto(found)),
-            ("curves", pictures.curves(found, lines).figure),
-        ):
-            figure.savefig(Path(out) / f"{name}.png", dpi=150)
-            matplotlib.pyplot.close(figure)
+        drawn["pareto"] = pictures.pareto(found)
+        drawn["curves"] = pictures.curves(found, lines).figure
+    for name, figure in drawn.items():
+        figure.savefig(Path(out) / f"{name}.png", dpi=150)
+        matplotlib.pyplot.close(figure)
     return text(sweep, rows)
 
 

@@ -182,6 +182,44 @@ def pareto(groups):
     return figure
 
 
+@matplotlib.rc_context(plot._STYLE)
+def differences(groups, reference, *, ax=None):
+    """Draws by how much each side differs from the reference in held-out loss, the best one on top.
+
+    A mark is the mean difference seed by seed, with its bootstrap 95 % interval; it is hollow where there is one
+    seed. What is below the reference is blue, what is above it red-orange.
+
+    Args:
+        groups: see :func:`cem.lm.comparison.groups`.
+        reference: the group that a group is compared with, or None, see :func:`cem.lm.comparison.beside_of`.
+    """
+    rows = []
+    for group in groups:
+        beside = reference(group)
+        if beside is not None:
+            found = group.difference(beside)
+            if not np.isnan(found.mean):
+                rows.append((found, group.label))
+    rows.sort(key=lambda row: -row[0].mean)
+    ax = plot._axes(ax, 5.6, 0.6 + 0.19 * max(3, len(rows)))
+    ax.axvline(0, color="0.2", linewidth=0.8, zorder=1)
+    for height, (found, _) in enumerate(rows):
+        color = plot._COLORS[0] if found.mean < 0 else plot._UPHILL
+        alone = np.isnan(found.low)
+        ax.hlines(height, found.low, found.high, color=color, lw=1.2, zorder=3)
+        face = "white" if alone else color
+        ax.plot(
+            found.mean, height, "o", color=color, markersize=4.5, markerfacecolor=face, zorder=4
+        )
+    ax.set_yticks(range(len(rows)), [label for _, label in rows])
+    ax.set_ylim(-0.7, len(rows) - 0.3)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="both", color="0.92", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("difference in held-out loss\nnats per token")
+    return ax
+
+
 def _few_ticks(ax, unit: str) -> None:
     """Three to five round numbers on a logarithmic axis, however little it spans."""
     low, high = ax.get_xlim()
