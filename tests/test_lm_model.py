@@ -166,6 +166,13 @@ def test_a_factor_on_the_start_multiplies_what_was_drawn():
     assert torch.equal(one.K, other.K)
 
 
+def test_blocks_are_copies_of_what_the_configuration_says():
+    config = CEMConfig(hidden_size=12, num_hidden_layers=2, block=[ATTENTION])
+    first, second = config.blocks
+    first[0]["heads"] = 7
+    assert second == config.block == [ATTENTION] and ATTENTION["heads"] != 7
+
+
 def test_a_value_at_the_start_fills_the_parameter():
     energy = {"loosely_tied_interaction_by": {"shares": "head", "fraction": 0.5}}
     its = model([{**ATTENTION, "rank": 8, "energy": energy, "init": {"w": {"value": 1.0}}}])

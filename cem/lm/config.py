@@ -72,5 +72,6 @@ class CEMConfig(PreTrainedConfig):
     @property
     def blocks(self) -> list[list[dict[str, Any]]]:
         """The parts of each block, first block first."""
-        blocks = [self.block] * self.num_hidden_layers if self.layers is None else self.layers
-        return deepcopy(blocks)
+        if self.layers is not None:
+            return deepcopy(self.layers)
+        return [deepcopy(self.block) for _ in range(self.num_hidden_layers)]
