@@ -14,9 +14,9 @@ beta_a = beta its step from c is that of ``rotary_interaction``. ``loosely_tied_
 * ``shares="head"`` or ``"coordinate"``: w: (heads,) or (heads, rank), otherwise 1;
 * ``temperatures=True``: beta_a = beta exp(log_beta_a) with log_beta: (heads,).
 
-``loosely_tied_interaction`` has shares of the heads and the other ties: a head may also move the state
-away from what it looks at, at the price of one number. Concave in h, all of them, whatever the sign of
-w: the scores are affine in h. A step of any size descends.
+``loosely_tied_interaction`` has values of its own and writes with its queries, three matrices a head:
+the tie that costs least in ``benchmarks/studies``. Concave in h, all of them, whatever the sign of w:
+the scores are affine in h. A step of any size descends.
 
 Gated MLP, ``loosely_tied_gated``: the gated energy with a share of either sign for every hidden unit,
 
@@ -31,8 +31,8 @@ U, G: (hidden, dim); w: (hidden,). Start shares at 1 by ``init={"w": {"value": 1
 ('matmul', 'sdpa')
 >>> loosely_tied_interaction.curvature
 'concave'
->>> three = loosely_tied_interaction_by(outputs="own")  # Q, W, and K for keys and values
->>> print(cem.derive(three, dim=16, heads=2, rank=4).code.split("return ")[1])
+>>> other = loosely_tied_interaction_by(outputs="own")  # Q, W, and K for keys and values
+>>> print(cem.derive(other, dim=16, heads=2, rank=4).code.split("return ")[1])
 torch.matmul(rotated_2, W.flatten(0, 1))
 
 Source: none that we know of; the interaction energy is that of Energy Transformer (Hoover et al.,
@@ -97,7 +97,7 @@ def loosely_tied_interaction_by(
     return cem.Energy(-Sum(cem.logsumexp(sharp * score, s) / sharp, a), name=name)
 
 
-loosely_tied_interaction = loosely_tied_interaction_by(shares="head")
+loosely_tied_interaction = loosely_tied_interaction_by(values="own")
 
 
 def loosely_tied_gated_by(g: type[Function], name: str | None = None) -> cem.Energy:

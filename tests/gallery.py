@@ -228,12 +228,13 @@ def partly_tied_twin(h, x, *, Q, K, W, V, w, position, context_position, beta=ra
     return held - (w * tied).sum() / beta
 
 
-@cem.energy(**ATTENTION, w="heads")
-def loosely_tied_twin(h, x, *, Q, K, w, position, context_position, beta=rank**-0.5):
-    held = cem.rope(torch.einsum("ard,d->ar", Q, h.detach()), position)
-    moved = cem.rope(torch.einsum("ard,d->ar", Q, h - h.detach()), position)
-    k = cem.rope(torch.einsum("ard,sd->asr", K, x), context_position)
-    score = torch.einsum("ar,asr->as", held, k) + torch.einsum("a,ar,asr->as", w, moved, k)
+@cem.energy(**ATTENTION, V="heads rank dim")
+def loosely_tied_twin(h, x, *, Q, K, V, position, context_position, beta=rank**-0.5):
+    held, moved = (
+        cem.rope(torch.einsum("ard,d->ar", Q, z), position) for z in (h.detach(), h - h.detach())
+    )
+    k, v = (cem.rope(torch.einsum("ard,sd->asr", M, x), context_position) for M in (K, V))
+    score = torch.einsum("ar,asr->as", held, k) + torch.einsum("ar,asr->as", moved, v)
     return -torch.logsumexp(beta * score, dim=-1).sum() / beta
 
 

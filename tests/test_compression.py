@@ -26,7 +26,6 @@ KINDS = {
     "diagonal_plus_low_rank_full": {"heads": 3, "rank": 4},
     "rotary_diagonal_plus_low_rank": {"heads": 3, "rank": 4},
     "partly_tied_interaction": {"heads": 3, "rank": 4, "copies": 2},
-    "loosely_tied_interaction": {"heads": 3, "rank": 4},
     "untied_interaction": {"heads": 3, "rank": 4, "copies": 2},
     "parallel_block": {"heads": 3, "rank": 4, "hidden": 5},
     "alibi_interaction": {"heads": 3, "rank": 4},

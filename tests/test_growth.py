@@ -32,7 +32,7 @@ EXPECTED = {
     "grouped_interaction": {"groups": "Q", "per_group": "Q", "rank": "Q"},
     "interaction": {"heads": "Q", "rank": "Q"},
     "loosely_tied_gated": {"hidden": "G"},
-    "loosely_tied_interaction": {"heads": "K", "rank": "K"},
+    "loosely_tied_interaction": {"heads": "Q", "rank": "K V"},
     "memory": {"hidden": (CHANGES, "duplicate")},
     "mixture_of_experts_relu": {"experts": (CHANGES, "duplicate"), "hidden": (DEAD, "duplicate")},
     "mixture_of_experts_silu": {"experts": (CHANGES, "duplicate"), "hidden": "G"},
