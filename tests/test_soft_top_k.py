@@ -152,6 +152,19 @@ def test_ranks_among_earlier_scores(n, device):
         assert torch.equal(running_rank(s.to(device), new).cpu(), torch.stack(counted, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_equal_tokens_are_chosen_alike_however_their_scores_are_rounded(dtype):
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(3, 20, dtype=dtype)[:, torch.randint(20, (200,), generator=generator)]
+    chosen, rank = running_choice(s, 0.3, 200), running_rank(s, 200)
+    for _ in range(3):
+        rounded = s * (1 + torch.finfo(dtype).eps * torch.randint(-3, 4, s.shape).to(dtype))
+        assert torch.equal(running_choice(rounded, 0.3, 200), chosen)
+        assert not torch.equal(running_rank(rounded, 200), rank)
+        one_by_one = [running_choice(rounded[:, : i + 1], 0.3, 1) for i in range(200)]
+        assert torch.equal(torch.cat(one_by_one, 1), chosen)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.33, 1.0])
 @pytest.mark.parametrize("eps", [1.0, 0.03])
 def test_the_running_form_is_the_soft_top_k_of_every_prefix(share, eps):

@@ -111,7 +111,11 @@ class Router(nn.Module):
 
     def forward(self, h: Tensor, u: Tensor) -> Tensor:
         """Scores (B, T) of states h, read as u = norm(h), in float32 at least."""
-        s = self.scores(h) if self.scores is not None else u @ self.weight
+        if self.scores is not None:
+            s = self.scores(h)
+        else:
+            wide = torch.promote_types(u.dtype, torch.float32)
+            s = u.to(wide) @ self.weight.to(wide)
         if s.shape != h.shape[:-1]:
             raise ValueError(
                 f"`scores` gives one number a token, {tuple(h.shape[:-1])}: got {tuple(s.shape)}; did you forget"

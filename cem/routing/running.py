@@ -16,6 +16,8 @@ from .top_k import tiny
 
 ROUNDING = 1e-9
 """0.1 times 30 is a little above 3."""
+TIE = 1 << 7
+"""Scores that differ by so many roundings are equal."""
 BLOCK = 1 << 17
 """Pairs of tokens that are looked at together: what fits a cache of a processor."""
 
@@ -33,7 +35,9 @@ def running_choice(scores: Tensor, share: float, new: int, real: Tensor | None =
     """Whether each of the last tokens is among the best of those up to itself, bool (B, new).
 
     Token i is chosen where fewer than ceil(share * i) of the scores before it are at least its own: where it is not
-    below the (1 - share) quantile of the i scores up to it. Later scores do not enter.
+    below the (1 - share) quantile of the i scores up to it. Later scores do not enter. Equal tokens have equal scores
+    until a context reaches them, but products of matrices of another shape round otherwise. So that they are chosen
+    alike in a batch, alone and one by one, a score does not exceed an earlier one by rounding alone.
 
     Args:
         scores: (B, S).
@@ -45,34 +49,43 @@ def running_choice(scores: Tensor, share: float, new: int, real: Tensor | None =
     [[True, True, True, False, True]]
     """
     B, S = scores.shape
+    slack = TIE * torch.finfo(scores.dtype).eps
     if real is None:
         count = torch.arange(S - new + 1, S + 1, device=scores.device)
-        return running_rank(scores, new) < kept_of(share, count)
+        return running_rank(scores, new, slack) < kept_of(share, count)
     scores = scores.masked_fill(~real, -torch.inf)
     kept = kept_of(share, real.cumsum(-1)[:, S - new :])
-    return (running_rank(scores, new) < kept) & real[:, S - new :]
+    return (running_rank(scores, new, slack) < kept) & real[:, S - new :]
 
 
-def running_rank(scores: Tensor, new: int) -> Tensor:
-    """How many earlier scores are at least each of the last ones, (B, new), in O(S log^2 S).
+def running_rank(scores: Tensor, new: int, slack: float = 0.0) -> Tensor:
+    """How many earlier scores are at least each of the last ones, s - slack (1 + |s|), (B, new), in O(S log^2 S).
 
     Halves of 2, 4, 8, ... blocks: each score of a right half finds its place in the sorted left half.
     """
     B, S = scores.shape
     old, own = scores[:, : S - new], scores[:, S - new :]
-    rank = _at_least(old.sort(-1).values, own)
+    low = own - slack * (1 + own.abs()) if slack else own
+    if new == 1:
+        return (old >= low).sum(-1, keepdim=True)
+    rank = _at_least(old.sort(-1).values, low)
     size = 32
-    blocks = F.pad(own, (0, -new % size), value=-torch.inf).unflatten(1, (-1, size))
-    before = blocks[..., None, :] >= blocks[..., None]  # (B, blocks, i, j)
+    earlier, later = (_padded(z, size).unflatten(1, (-1, size)) for z in (own, low))
+    before = earlier[..., None, :] >= later[..., None]  # (B, blocks, i, j)
     within = before.tril(-1).sum(-1).flatten(1)
     while size < new:
-        halves = F.pad(own, (0, -new % (2 * size)), value=-torch.inf)
-        left, right = halves.view(-1, 2, size).unbind(1)
+        left, right = (
+            _padded(z, 2 * size).view(-1, 2, size)[:, n] for n, z in enumerate((own, low))
+        )
         more = _at_least(left.sort(-1).values, right).view(B, -1, 1, size)
         more = torch.cat([torch.zeros_like(more), more], 2).flatten(1)
         within = within[:, :new] + more[:, :new]
         size *= 2
     return rank + within[:, :new]
+
+
+def _padded(numbers: Tensor, size: int) -> Tensor:
+    return F.pad(numbers, (0, -numbers.shape[1] % size), value=-torch.inf)
 
 
 def _at_least(ascending: Tensor, values: Tensor) -> Tensor:
