@@ -58,6 +58,15 @@ KINDS = {
     CEMForTokenClassification: AutoModelForTokenClassification,
     CEMForQuestionAnswering: AutoModelForQuestionAnswering,
 }
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 10, "top_p": 0.9, "temperature": 0.7},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beams returned": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "beam sampling": {"do_sample": True, "num_beams": 2},
+    "processed": {"do_sample": False, "bad_words_ids": [[1, 0]], "repetition_penalty": 1.2},
+}
 blocks = pytest.mark.parametrize("block", EVERY.values(), ids=EVERY)
 cached = pytest.mark.parametrize("block", BLOCKS)
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -85,3 +94,10 @@ def tokens(batch=2, length=9, seed=1):
 def same_weights(one, other):
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def write(its, ids, seed=0, **options):
+    """The tokens that a model appends, 5 unless the options say otherwise."""
+    set_seed(seed)
+    out = its.generate(ids, **{"max_new_tokens": 5, "do_sample": False, **options})
+    return out if isinstance(out, torch.Tensor) else out.sequences

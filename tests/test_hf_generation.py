@@ -15,13 +15,15 @@ from language_models import (
     EVERY,
     MLP,
     UNCACHED,
+    WAYS,
     WIDTH,
     blocks,
     cached,
     model,
     tokens,
+    write,
 )
-from transformers import CompileConfig, DynamicCache, StaticCache, set_seed
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers import logging as hf_logging
 from transformers.generation import GenerationMixin
 
@@ -29,23 +31,6 @@ from cem.hf import CEMForCausalLM
 from cem.lm.model import CACHE
 
 croppable = pytest.mark.parametrize("block", [name for name in BLOCKS if name != "linear"])
-
-WAYS = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 10, "top_p": 0.9, "temperature": 0.7},
-    "several": {"do_sample": True, "num_return_sequences": 2},
-    "beams": {"do_sample": False, "num_beams": 3},
-    "beams returned": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-    "beam sampling": {"do_sample": True, "num_beams": 2},
-    "processed": {"do_sample": False, "bad_words_ids": [[1, 0]], "repetition_penalty": 1.2},
-}
-
-
-def write(its, ids, seed=0, **options):
-    """The tokens that a model appends, 5 unless the options say otherwise."""
-    set_seed(seed)
-    out = its.generate(ids, **{"max_new_tokens": 5, "do_sample": False, **options})
-    return out if isinstance(out, torch.Tensor) else out.sequences
 
 
 @pytest.mark.parametrize(

@@ -47,21 +47,6 @@ def test_it_learns():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_generate_is_the_whole_sequence():
-    made, ids = model(BLOCKS), tokens()
-    written = made.generate(ids, max_new_tokens=6, do_sample=False)
-    for place in range(9, 15):
-        assert torch.equal(made(written[:, :place]).logits[:, -1].argmax(-1), written[:, place])
-    with pytest.raises(
-        ValueError, match="routed layer `rotary_interaction` compares scores with ear"
-    ):
-        from transformers import DynamicCache
-
-        from cem.lm.cache import CACHE
-
-        made(ids, **{CACHE: DynamicCache()})
-
-
 def test_padding_and_documents():
     made, ids = model(BLOCKS), tokens()
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)

@@ -267,3 +267,6 @@ def test_refusals():
     energy = cem.Routed(layer("rotary"), 0.5, scores="energy", causal="threshold")
     with pytest.raises(ValueError, match="as scores need all tokens anew: call it without `cache`"):
         energy.init_cache(B, 16)
+    learning = made("mlp", "predictor").train()
+    with pytest.raises(ValueError, match="got `cache` in training; type `routed.eval"):
+        learning(h, cache=learning.init_cache(B, 16))

@@ -297,15 +297,12 @@ def llama_part(description: Mapping[str, Any], config, where: str, slot: int) ->
     return part
 
 
-def why_no_cache(layer: cem.EnergyLayer | cem.Routed) -> str | None:
+def why_no_cache(layer: cem.EnergyLayer) -> str | None:
     """Why a layer cannot go on from a cache of transformers, or None where it can.
 
     >>> print(why_no_cache(derived({"energy": "interaction", "update": "Newton"}, 8, 1e-6)))
     layer `interaction` asks for energies or Hessians in its steps, which a cache does not keep: ...
     """
-    if isinstance(layer, cem.Routed):
-        name = layer.layer.energy_function.name
-        return f"routed layer `{name}` compares scores with earlier ones, which no layer of a cache holds"
     try:
         kinds = layer.init_cache(1, 1).kinds
     except ValueError as error:

@@ -34,10 +34,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from cem import EnergyLayer, Routed
 
-from .cache import CACHE, HeldByTransformers, hold_states
+from .cache import CACHE, HeldByTransformers, RoutedByTransformers, hold_more
 from .config import CEMConfig
 from .layers import Residual, derived, llama_part, redescribed, why_no_cache
-from .routed import heavy, seen_by
+from .routed import layers_of, seen_by
 from .view import View, view_of
 
 logger = logging.get_logger(__name__)
@@ -56,23 +56,25 @@ class CEMBlock(GradientCheckpointingLayer):
                 part, name = llama_part(description, config, where, slot), description["module"]
             else:
                 part = derived(description, config.hidden_size, config.norm_eps, where)
-                name = description.get("name", heavy(part).energy_function.name)
+                name = description.get("name", layers_of(part)[0].energy_function.name)
                 _remember(part, description, config.norm_eps)
             while name in self.parts:
                 name += "_"
             self.parts[name] = part
-        self.looking = [name for name, part in self.parts.items() if has_context(part)]
-        if len(self.looking) > 1:
+        looking = [name for name, part in self.parts.items() for _ in looking_of(part)]
+        if len(looking) > 1:
             raise ValueError(
-                f"block {index} has {len(self.looking)} parts with a context, {' and '.join(self.looking)}, but a"
+                f"block {index} has {len(looking)} parts with a context, {' and '.join(looking)}, but a"
                 " cache has one entry a block; put them into blocks of their own"
             )
+        self.routed = any(isinstance(part, Routed) for part in self.parts.values())
+        self.keeps = bool(looking) or self.routed
 
     def forward(
         self, hidden_states: Tensor, *, view: View, cache=None, past_key_values=None
     ) -> Tensor:
         h, cache = hidden_states, past_key_values if cache is None else cache
-        for part in self.parts.values():
+        for name, part in self.parts.items():
             inputs = {}
             if isinstance(part, Residual):
                 if part.context:
@@ -83,11 +85,13 @@ class CEMBlock(GradientCheckpointingLayer):
                         CACHE: cache,
                     }
             elif isinstance(part, Routed):
-                inputs = seen_by(part, view)
+                inputs = seen_by(part, view, cache is not None)
+                if cache is not None:
+                    inputs["cache"] = RoutedByTransformers(cache, self.slot, name, part, view)
             else:
                 if part.energy_function.has_positions and not view.counted:
                     inputs["positions"] = view.positions
-                if has_context(part):
+                if looking_of(part):
                     inputs["visible"] = view.visible
                     if cache is not None:
                         kinds = part.lowering.decoding.kinds
@@ -100,18 +104,18 @@ class CEMBlock(GradientCheckpointingLayer):
 def _remember(part: nn.Module, description: dict, eps: float) -> None:
     """How each module of the layer is drawn afresh, for weights that a checkpoint lacks."""
     for path, inner in part.named_modules():
-        inner.drawn = partial(_drawn, description, heavy(part).dim, eps, path)
+        inner.drawn = partial(_drawn, description, layers_of(part)[0].dim, eps, path)
 
 
 def _drawn(description: dict, dim: int, eps: float, path: str) -> nn.Module:
     return derived(description, dim, eps).get_submodule(path)
 
 
-def has_context(part: nn.Module) -> bool:
-    """Whether a part of a block looks at other tokens."""
+def looking_of(part: nn.Module) -> list[nn.Module]:
+    """The layers of a part of a block that look at other tokens."""
     if isinstance(part, Residual):
-        return part.context
-    return heavy(part).energy_function.context is not None
+        return [part] if part.context else []
+    return [layer for layer in layers_of(part) if layer.energy_function.context is not None]
 
 
 class CEMPreTrainedModel(PreTrainedModel):
@@ -152,21 +156,25 @@ class CEMModel(CEMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList()
         for index in range(config.num_hidden_layers):
-            slot = sum(len(block.looking) for block in self.layers)
+            slot = sum(block.keeps for block in self.layers)
             self.layers.append(CEMBlock(config, index, slot))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        parts = [block.parts[name] for block in self.layers for name in block.looking]
-        energies = {at: part for at, part in enumerate(parts) if isinstance(part, EnergyLayer)}
-        # Why no cache can be kept, which of its layers hold states, and whether positions of what it holds are read.
-        every = [part for block in self.layers for part in block.parts.values()]
-        routed = [part for part in every if isinstance(part, Routed)]
-        self.no_cache = next(filter(None, map(why_no_cache, (*energies.values(), *routed))), None)
-        self.chooses = bool(routed)
-        decodings = {
-            at: part.lowering.decoding for at, part in energies.items() if not self.no_cache
+        # Why no cache can be kept, which of its layers hold more than keys, and whether positions of what it holds
+        # are read.
+        looking = {
+            layer: block.slot
+            for block in self.layers
+            for part in block.parts.values()
+            for layer in looking_of(part)
+            if isinstance(layer, EnergyLayer)
         }
-        self.stateful = [at for at, decoding in decodings.items() if "state" in decoding.kinds]
-        self.placed = any(decoding.placed for decoding in decodings.values())
+        self.no_cache = next(filter(None, map(why_no_cache, looking)), None)
+        cached = {} if self.no_cache else looking
+        self.stateful = [
+            slot for layer, slot in cached.items() if "state" in layer.lowering.decoding.kinds
+        ]
+        self.routed = [block.slot for block in self.layers if block.routed]
+        self.placed = any(layer.lowering.decoding.placed for layer in cached)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -204,7 +212,9 @@ class CEMModel(CEMPreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is not None and self.no_cache:
             raise ValueError(self.no_cache)
-        stateful = bool(self.stateful and (use_cache or cache is not None)) or self.chooses
+        # In training a router chooses from the whole sequence, which a cache would cut.
+        use_cache = use_cache and not (self.routed and self.training)
+        stateful = bool(self.stateful and (use_cache or cache is not None) or self.routed)
         view = view_of(
             self.config,
             h,
@@ -226,7 +236,7 @@ class CEMModel(CEMPreTrainedModel):
         for descriptions, block in zip(blocks, self.layers, strict=True):
             for place, (name, part) in enumerate(block.parts.items()):
                 if not isinstance(part, Residual):
-                    descriptions[place] = redescribed(descriptions[place], heavy(part), name)
+                    descriptions[place] = redescribed(descriptions[place], layers_of(part)[0], name)
                     _remember(part, descriptions[place], self.config.norm_eps)
         same = self.config.layers is None and all(block == blocks[0] for block in blocks)
         self.config.block, self.config.layers = (blocks[0], None) if same else (None, blocks)
@@ -263,8 +273,9 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
             logger.warning_once(f"`generate` runs without a cache: {self.model.no_cache}")
             generation_config.use_cache = False
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        for slot in self.model.stateful if CACHE in model_kwargs else ():
-            hold_states(model_kwargs[CACHE], slot)
+        more = (*self.model.stateful, *self.model.routed)
+        for slot in more if CACHE in model_kwargs else ():
+            hold_more(model_kwargs[CACHE], slot)
 
     @can_return_tuple
     def forward(

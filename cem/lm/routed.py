@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 import cem
+from cem.routing.rows import stages_of
 
 OPTIONS = ("bottleneck", "capacity", "context", "eps", "tie", "weight")
 BOTTLENECK = 64
@@ -48,14 +49,19 @@ def routed(layer: cem.EnergyLayer, options: Mapping[str, Any], eps: float) -> ce
     )
 
 
-def heavy(part: nn.Module) -> nn.Module:
-    """The layer inside a routed part, any other part as it is."""
-    return part.layer if isinstance(part, cem.Routed) else part
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    """The layers of a part: itself, or what stands behind its router."""
+    return stages_of(part.layer) if isinstance(part, cem.Routed) else [part]
 
 
-def seen_by(part: cem.Routed, view) -> dict:
+def seen_by(part: cem.Routed, view, cached: bool) -> dict:
     """What a routed part is called with, from a :class:`~cem.lm.view.View`: padding is not chosen."""
-    found = {"visible": view.visible if view.padding is None else view.padding}
-    if part.layer.energy_function.has_positions and not view.counted:
+    if cached and view.pairs:
+        raise ValueError(
+            "a router compares a token with all earlier ones, whoever may see them: got a mask for every pair with a"
+            " cache; type `use_cache=False`"
+        )
+    found = {"visible": view.visible if view.real is None and not cached else view.real}
+    if any(layer.energy_function.has_positions for layer in layers_of(part)) and not view.counted:
         found["positions"] = view.positions
     return found

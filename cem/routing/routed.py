@@ -192,6 +192,11 @@ class Routed(nn.Module):
 
     def _decode(self, h: Tensor, cache: RoutedCache, given: Given) -> Tensor:
         B, T = h.shape[:2]
+        if self.training and self.router.causal == "predictor":
+            raise ValueError(
+                "a router that learns to predict chooses from whole sequences: got `cache` in training; type"
+                " `routed.eval()`"
+            )
         cache.check(B, T, given)
         u = self.norm(h)
         s, real = cache.scores_with(self.scores(h, u, given)), given.real

@@ -242,6 +242,8 @@ def step_some(
     """
     inputs = {"positions": chosen.positions} if layer.reader.placed else {}
     decoding, T = layer.lowering.decoding, state.shape[1]
+    if "state" in decoding.kinds:
+        visible = None if visible is None else visible[:, -T:]
     if chosen.index is None or "state" in decoding.kinds:
         return chosen.take(layer(state, cache=cache, visible=visible, **inputs))
     cache.check(layer.energy_function.name, len(state), T, visible=visible, **inputs)
