@@ -6,11 +6,15 @@ from language_models import ATTENTION, MLP, config, model, tokens
 
 import cem
 from cem.hf import CEMForCausalLM, export
+from cem.lm.sizing import places
 from cem.testing import assert_close
 
 CHOICE = {"capacity": 0.4, "bottleneck": 4}
 BLOCK = [{**ATTENTION, "routed": CHOICE}, {**MLP, "routed": {**CHOICE, "tie": True}}]
 BLOCKS = [BLOCK, [ATTENTION, MLP], [{**ATTENTION, "routed": {**CHOICE, "context": "selected"}}]]
+TOGETHER = {"parts": [ATTENTION, MLP], "routed": {**CHOICE, "context": "selected"}}
+WHOLE = [[TOGETHER], [{**TOGETHER, "routed": CHOICE}]]
+several = pytest.mark.parametrize("blocks", [BLOCKS, WHOLE], ids=["parts", "whole blocks"])
 
 
 def test_a_part_is_routed_by_its_description():
@@ -32,9 +36,32 @@ def test_a_part_is_routed_by_its_description():
     assert not names and torch.equal(full(ids).logits, dense(ids).logits)
 
 
-def test_it_learns():
+@pytest.mark.parametrize("blocks", [[TOGETHER], WHOLE[1]], ids=["selected", "all"])
+def test_parts_behind_one_router(blocks):
+    made, ids = model(blocks), tokens()
+    part = made.model.layers[0].parts["routed"]
+    assert [layer.energy_function.name for layer in part.layer] == [
+        "rotary_interaction",
+        "gated_silu",
+    ]
+    made.train()(ids)
+    assert part.choice.index.shape[1] < ids.shape[1]
+    full = model([{**blocks[0], "routed": {**blocks[0]["routed"], "capacity": 1.0}}])
+    dense = model([ATTENTION, MLP])
+    with torch.no_grad():
+        for block, plain in zip(full.model.layers, dense.model.layers, strict=True):
+            stack = block.parts["routed"].layer
+            stack.load_state_dict(
+                torch.nn.Sequential(*plain.parts.values()).state_dict(), strict=True
+            )
+        full.model.embed_tokens.load_state_dict(dense.model.embed_tokens.state_dict())
+    assert torch.equal(full(ids).logits, dense(ids).logits)
+
+
+@several
+def test_it_learns(blocks):
     torch.manual_seed(0)
-    made = CEMForCausalLM(config(BLOCKS, initializer_range=0.1))
+    made = CEMForCausalLM(config(blocks, initializer_range=0.1))
     ids = torch.tensor([[5, 7, 11, 3, 2, 30, 9, 1] * 3]).expand(2, -1)
     optimizer = torch.optim.AdamW(made.parameters(), 0.01)
     losses = []
@@ -45,6 +72,7 @@ def test_it_learns():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+    assert made.eval()(ids, labels=ids).loss < 0.4 * losses[0]
 
 
 def test_padding_and_documents():
@@ -56,16 +84,28 @@ def test_padding_and_documents():
     assert_close(found, made(ids).logits, 1e-12)
 
 
-def test_it_is_saved(tmp_path):
-    made, ids = model(BLOCKS), tokens()
+@several
+def test_it_is_saved(blocks, tmp_path):
+    made, ids = model(blocks), tokens()
     made.save_pretrained(tmp_path)
     again = CEMForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     weights = again.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in made.state_dict().items())
     assert_close(again(ids).logits, made(ids).logits, 1e-12)
-    assert again.config.blocks == BLOCKS
+    assert again.config.blocks == blocks
     with pytest.raises(ValueError, match="cannot be exported: a router stands before it; keep it"):
         export(made, tmp_path / "alone")
+
+
+def test_whole_blocks_grow_and_are_resized():
+    made, ids = model(WHOLE), tokens()
+    before = made(ids).logits
+    cem.grow(made, hidden=32)
+    assert_close(made(ids).logits, before, 1e-12)
+    again = CEMForCausalLM(made.config)
+    again.load_state_dict(made.state_dict())
+    assert [parts[0]["parts"][1]["hidden"] for parts in made.config.blocks] == [32, 32]
+    assert places(made.config, "hidden") == [f"layers.{n}.0.parts.1.hidden" for n in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -83,3 +123,23 @@ def test_it_is_saved(tmp_path):
 def test_refusals(routed, match):
     with pytest.raises(ValueError, match=match):
         model([{**ATTENTION, "routed": routed}])
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ({"parts": []}, r"block 0, part 0: `parts` is a list of energies .*: got \[\]; type"),
+        ({"parts": [BLOCK[0]]}, "`parts` is a list of energies without routers of their own"),
+        ({"parts": [MLP]}, r"`parts` stand behind one router: got the keys \['parts'\]; type"),
+        ({**TOGETHER, "steps": 2}, "`parts` stand behind one router: got the keys .*'steps'"),
+        (
+            {**TOGETHER, "parts": [{"energy": "gated_sil"}]},
+            "block 0, part 0, part 0 of it: an energy is one of .*type 'gated_silu'",
+        ),
+        ({**TOGETHER, "routed": {}}, "block 0, part 0: `routed` is a mapping with a share"),
+        ({**TOGETHER, "parts": [ATTENTION] * 2}, "2 parts with a context, routed and routed, but"),
+    ],
+)
+def test_refusals_of_whole_blocks(part, match):
+    with pytest.raises(ValueError, match=match):
+        model([part])

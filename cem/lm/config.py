@@ -14,7 +14,8 @@ class CEMConfig(PreTrainedConfig):
 
     A model is an embedding, a row of blocks, a norm and a head. A block is a list of parts that run one after the
     other on the state; each is a mapping. A part with the key ``energy`` is a derived layer, see
-    :func:`cem.lm.layers.derived` for its keys. ``{"module": "attention"}`` and ``{"module": "mlp"}`` are the two
+    :func:`cem.lm.layers.derived` for its keys; with ``parts`` and ``routed`` it is several of them behind one router,
+    which a share of the tokens takes. ``{"module": "attention"}`` and ``{"module": "mlp"}`` are the two
     halves of a Llama block, for comparisons, see :func:`cem.lm.layers.llama_part`.
 
     Args:

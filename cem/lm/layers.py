@@ -112,6 +112,9 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
     - ``routed``: a mapping such as ``{"capacity": 0.33}``, see :func:`cem.lm.routed.routed`: the layer takes a share of
       the tokens, and is inside a :class:`~cem.Routed`.
 
+    With ``parts`` in place of ``energy``, a list of such descriptions, one router stands before all of them: the tokens
+    that it chooses go through one after the other, ``{"parts": [...], "routed": {"capacity": 0.33}}``.
+
     Args:
         description: the mapping.
         dim: the width of the state.
@@ -131,6 +134,8 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
         ...
     ValueError: layer: an energy is one of the gallery or its own JSON: got 'interactoin'; type 'interaction'
     """
+    if "parts" in description:
+        return _routed_together(description, dim, eps, where)
     energy, description = energy_in_groups(description, where)
     options = {key: description[key] for key in ("learn", "steps", "refresh") if key in description}
     names = {str(name) for name in (*energy.dims, *energy.scalars)} - {"dim"}
@@ -154,11 +159,32 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
             **sizes,
             **options,
         )
-        made = routed(layer, description["routed"], eps) if "routed" in description else layer
+        made = routed(layer, description["routed"], dim, eps) if "routed" in description else layer
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     scale_start(layer, description.get("init", 1.0), where)
     return made
+
+
+def _routed_together(description: Mapping[str, Any], dim: int, eps: float, where: str):
+    """The parts of a description behind one router."""
+    parts = description["parts"]
+    listed = isinstance(parts, list) and all(isinstance(one, Mapping) for one in parts)
+    if not listed or not all("energy" in one and "routed" not in one for one in parts) or not parts:
+        raise ValueError(
+            f"{where}: `parts` is a list of energies without routers of their own: got {parts!r}; type"
+            ' `[{"energy": "rotary_interaction"}, {"energy": "gated_silu"}]`'
+        )
+    if set(description) - {"name"} != {"parts", "routed"}:
+        raise ValueError(
+            f"{where}: `parts` stand behind one router: got the keys {list(description)}; type"
+            ' `{"parts": [...], "routed": {"capacity": 0.33}}`'
+        )
+    layers = [derived(one, dim, eps, f"{where}, part {n} of it") for n, one in enumerate(parts)]
+    try:
+        return routed(nn.Sequential(*layers), description["routed"], dim, eps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def redescribed(

@@ -56,7 +56,9 @@ class CEMBlock(GradientCheckpointingLayer):
                 part, name = llama_part(description, config, where, slot), description["module"]
             else:
                 part = derived(description, config.hidden_size, config.norm_eps, where)
-                name = description.get("name", layers_of(part)[0].energy_function.name)
+                together = "parts" in description
+                usual = "routed" if together else layers_of(part)[0].energy_function.name
+                name = description.get("name", usual)
                 _remember(part, description, config.norm_eps)
             while name in self.parts:
                 name += "_"
@@ -236,7 +238,13 @@ class CEMModel(CEMPreTrainedModel):
         for descriptions, block in zip(blocks, self.layers, strict=True):
             for place, (name, part) in enumerate(block.parts.items()):
                 if not isinstance(part, Residual):
-                    descriptions[place] = redescribed(descriptions[place], layers_of(part)[0], name)
+                    said, layers = descriptions[place], layers_of(part)
+                    if "parts" in said:
+                        pairs = zip(said["parts"], layers, strict=True)
+                        again = [redescribed(one, layer, name) for one, layer in pairs]
+                        descriptions[place] = {**said, "parts": again}
+                    else:
+                        descriptions[place] = redescribed(said, layers[0], name)
                     _remember(part, descriptions[place], self.config.norm_eps)
         same = self.config.layers is None and all(block == blocks[0] for block in blocks)
         self.config.block, self.config.layers = (blocks[0], None) if same else (None, blocks)

@@ -14,23 +14,24 @@ OPTIONS = ("bottleneck", "capacity", "context", "eps", "tie", "weight")
 BOTTLENECK = 64
 
 
-def routed(layer: cem.EnergyLayer, options: Mapping[str, Any], eps: float) -> cem.Routed:
-    """A layer behind a router that does not look ahead: the best share of the tokens up to each one take its step.
+def routed(layer: nn.Module, options: Mapping[str, Any], dim: int, eps: float) -> cem.Routed:
+    """A layer, or a stack, behind a router that does not look ahead: the best share of the tokens up to each one.
 
     The keys of ``options`` are ``capacity``, the share, which must be given; ``bottleneck``, the units of the adapter
     of all tokens, 64 if missing, and none where it is 0; ``tie``, whether that is an energy; and ``context``,
     ``weight`` and ``eps`` as in :class:`cem.Routed`.
 
     Args:
-        layer: the layer.
+        layer: the layer, or an ``nn.Sequential``.
         options: the mapping.
+        dim: the width of the state.
         eps: of the norm through which router and adapter read the state.
 
     Raises:
         ValueError: an unknown key or a bad value, no share.
 
     >>> layer = cem.derive(cem.energies.interaction, dim=8, heads=2, rank=4)
-    >>> routed(layer, {"capacity": 0.5, "bottleneck": 0}, 1e-6).router.capacity
+    >>> routed(layer, {"capacity": 0.5, "bottleneck": 0}, 8, 1e-6).router.capacity
     0.5
     """
     if not isinstance(options, Mapping) or "capacity" not in options:
@@ -42,8 +43,8 @@ def routed(layer: cem.EnergyLayer, options: Mapping[str, Any], eps: float) -> ce
             raise ValueError(f"`routed` has the keys {list(OPTIONS)}: got {key!r}; leave it out")
     own = dict(options)
     width, tie = own.pop("bottleneck", BOTTLENECK), own.pop("tie", False)
-    adapter = cem.Adapter(layer.dim, width, tie) if width else None
-    norm = nn.RMSNorm(layer.dim, eps=eps)
+    adapter = cem.Adapter(dim, width, tie) if width else None
+    norm = nn.RMSNorm(dim, eps=eps)
     return cem.Routed(
         layer, float(own.pop("capacity")), adapter, causal="threshold", norm=norm, **own
     )

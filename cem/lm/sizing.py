@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 
@@ -48,8 +48,14 @@ def places(config, size: str) -> list[str]:
         rows = [(f"layers.{i}", parts) for i, parts in enumerate(config.layers)]
     else:
         rows = [("block", getattr(config, "block", None) or [])]
-    found = [f"{row}.{i}" for row, parts in rows for i, part in enumerate(parts) if size in part]
-    return [f"{place}.{size}" for place in found]
+
+    def said(row: str, parts: list) -> Iterator[str]:
+        for i, part in enumerate(parts):
+            if size in part:
+                yield f"{row}.{i}.{size}"
+            yield from said(f"{row}.{i}.parts", part.get("parts", []))
+
+    return [place for row, parts in rows for place in said(row, parts)]
 
 
 def resized(model: str | dict, config, size: str, value: int) -> dict:
