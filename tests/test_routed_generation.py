@@ -23,7 +23,7 @@ BLOCKS = {
     "states": [[{**LINEAR, "routed": SHARE}], [{**LINEAR, "routed": CHOSEN}]],
     "together": [
         [{"parts": [ATTENTION, MLP], "routed": CHOSEN}],
-        [{"parts": [ATTENTION, MLP], "routed": SHARE}],
+        [{"parts": [ATTENTION, MLP], "routed": {**SHARE, "causal": "predictor"}}],
     ],
     "mixed": [[{**MLP, "routed": SHARE}], [{**WINDOW, "routed": CHOSEN}], [ALIBI]],
 }
@@ -32,7 +32,13 @@ croppable = pytest.mark.parametrize("block", [name for name in BLOCKS if name !=
 
 
 def model(block):
-    return plain(BLOCKS[block])
+    """A model of a kind of ``BLOCKS``, with predictors that choose some."""
+    its = plain(BLOCKS[block])
+    for router in (module for module in its.modules() if hasattr(module, "predictor")):
+        torch.nn.init.normal_(router.predictor.weight)
+        torch.nn.init.zeros_(router.predictor.bias)
+        router.level.fill_(0.1)
+    return its
 
 
 def padded():

@@ -37,7 +37,7 @@ from cem import EnergyLayer, Routed
 from .cache import CACHE, HeldByTransformers, RoutedByTransformers, hold_more
 from .config import CEMConfig
 from .layers import Residual, derived, llama_part, redescribed, why_no_cache
-from .routed import layers_of, seen_by
+from .routed import layers_of, router_losses, seen_by
 from .view import View, view_of
 
 logger = logging.get_logger(__name__)
@@ -135,11 +135,12 @@ class CEMPreTrainedModel(PreTrainedModel):
         drawn = getattr(module, "drawn", None)
         if drawn is None:
             return super()._init_weights(module)
-        if parameters := list(module.parameters(recurse=False)):
+        if tensors := [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             with torch.device("cpu"):
-                fresh = drawn().parameters(recurse=False)
-            for parameter, value in zip(parameters, fresh, strict=True):
-                init.copy_(parameter, value)
+                fresh = drawn()
+            fresh = (*fresh.parameters(recurse=False), *fresh.buffers(recurse=False))
+            for tensor, value in zip(tensors, fresh, strict=True):
+                init.copy_(tensor, value)
 
 
 class CEMModel(CEMPreTrainedModel):
@@ -284,6 +285,23 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
         more = (*self.model.stateful, *self.model.routed)
         for slot in more if CACHE in model_kwargs else ():
             hold_more(model_kwargs[CACHE], slot)
+
+    @PreTrainedModel.loss_function.getter
+    def loss_function(self):
+        """That of transformers; in training its derivative, not its value, also trains the predictors of routers."""
+        plain = PreTrainedModel.loss_function.fget(self)
+        return partial(self._teaching, plain) if self.training and self.model.routed else plain
+
+    def _teaching(self, plain, *, labels: Tensor, num_items_in_batch=None, **inputs) -> Tensor:
+        parts = (part for block in self.model.layers for part in block.parts.values())
+        losses = [loss for part in parts for loss in router_losses(part)]
+        loss = plain(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
+        if not losses:
+            return loss
+        own = torch.stack([each.to(loss) for each in losses]).sum()
+        if num_items_in_batch is not None:  # of all the batches of a step
+            own = own * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+        return loss + (own - own.detach())
 
     @can_return_tuple
     def forward(

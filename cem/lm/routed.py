@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import cem
 from cem.routing.rows import stages_of
 
-OPTIONS = ("bottleneck", "capacity", "context", "eps", "tie", "weight")
+OPTIONS = ("bottleneck", "capacity", "causal", "context", "eps", "tie", "weight")
+CAUSAL = ("threshold", "predictor")
 BOTTLENECK = 64
 
 
 def routed(layer: nn.Module, options: Mapping[str, Any], dim: int, eps: float) -> cem.Routed:
-    """A layer, or a stack, behind a router that does not look ahead: the best share of the tokens up to each one.
+    """A layer, or a stack, behind a router that does not look ahead.
 
     The keys of ``options`` are ``capacity``, the share, which must be given; ``bottleneck``, the units of the adapter
     of all tokens, 64 if missing, and none where it is 0; ``tie``, whether that is an energy; and ``context``,
-    ``weight`` and ``eps`` as in :class:`cem.Routed`.
+    ``weight`` and ``eps`` as in :class:`cem.Routed`. ``causal`` is
+
+    - ``"threshold"``, if missing: the best share of the tokens up to each one, in training as in use;
+    - ``"predictor"``: in training the best of the whole sequence, in use those that a linear predictor says. The loss
+      of :class:`~cem.lm.model.CEMForCausalLM` trains it; the held-out loss is that of the predicted choice.
+
+    A fixed threshold is no option here: it comes from states, and nothing is learned before.
 
     Args:
         layer: the layer, or an ``nn.Sequential``.
@@ -41,13 +49,32 @@ def routed(layer: nn.Module, options: Mapping[str, Any], dim: int, eps: float) -
     for key in options:
         if key not in OPTIONS:
             raise ValueError(f"`routed` has the keys {list(OPTIONS)}: got {key!r}; leave it out")
-    own = dict(options)
+    own = {"causal": CAUSAL[0], **options}
+    if own["causal"] not in CAUSAL:
+        raise ValueError(
+            f"`causal` of a routed part is one of {list(CAUSAL)}: got {own['causal']!r}; type `causal: threshold`"
+        )
     width, tie = own.pop("bottleneck", BOTTLENECK), own.pop("tie", False)
     adapter = cem.Adapter(dim, width, tie) if width else None
     norm = nn.RMSNorm(dim, eps=eps)
-    return cem.Routed(
-        layer, float(own.pop("capacity")), adapter, causal="threshold", norm=norm, **own
-    )
+    return cem.Routed(layer, float(own.pop("capacity")), adapter, norm=norm, **own)
+
+
+def router_losses(part: nn.Module) -> list[Tensor]:
+    """What trains the predictor of a part, if it has one: the cross entropy of its last call in training.
+
+    Raises:
+        ValueError: the call left no graph, as in a reentrant checkpoint.
+    """
+    if not isinstance(part, cem.Routed) or part.router.causal != "predictor":
+        return []
+    loss, learns = part.router.loss, part.router.predictor.weight.requires_grad
+    if learns and torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            "the predictor of a router does not learn in reentrant checkpoints: got one; type"
+            ' `gradient_checkpointing_kwargs={"use_reentrant": False}`'
+        )
+    return [loss]
 
 
 def layers_of(part: nn.Module) -> list[nn.Module]:
