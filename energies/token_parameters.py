@@ -63,7 +63,7 @@ def token_parameters_by(f: type[Function], name: str | None = None) -> cem.Energ
 def consistent_token_parameters_by(f: type[Function], name: str | None = None) -> cem.Energy:
     """The energy whose temperature moves with the state."""
     r, F = norm(score), cem.antiderivative(f)
-    start = F(torch.zeros((), dtype=torch.float64)).item()
+    start = F(torch.zeros((), dtype=torch.float64, device="cpu")).item()
     value = Sum(F(scale * score / r) - start, n)
     return cem.Energy(-r / scale * value, name=name or f"consistent_token_parameters_{f.__name__}")
 

@@ -1,9 +1,13 @@
 """The token-parameter energies of the gallery against the layer, :mod:`cem.token_parameters`."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from gallery import GALLERY, derive
 
+import cem
 from cem.testing import assert_close
 from cem.token_parameters import TokenParameterAttention
 
@@ -43,3 +47,12 @@ def test_a_state_of_zeros_has_a_step_and_a_gradient(name):
     h = torch.cat((torch.zeros_like(h[:1]), h[1:])).requires_grad_()
     layer(h).square().sum().backward()
     assert h.grad.isfinite().all() and layer.K.grad.isfinite().all()
+
+
+def test_the_gallery_is_there_where_tensors_have_no_numbers():
+    """`from_pretrained` asks for it so, and may be the first to ask."""
+    file = Path(__file__).parents[1] / "energies" / "token_parameters.py"
+    with torch.device("meta"):
+        module = runpy.run_path(str(file))
+    found = module["consistent_token_parameters"]
+    assert found.expression == cem.energies.consistent_token_parameters.expression
