@@ -263,7 +263,8 @@ class MoreThanKeys(CacheLayerMixin):
             filled = (places >= 0).any(0).nonzero()
             kept = int(filled[-1]) + 1 if len(filled) else 0
             count, self.places = places.shape[1] - kept, places[:, :kept]
-        self.inner.crop(-count)
+        if self.inner.is_initialized:
+            self.inner.crop(-count)
 
     def _map(self, function, inner: str, *arguments) -> None:
         self.states = [function(state) for state in self.states]
