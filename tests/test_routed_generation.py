@@ -12,7 +12,7 @@ from cem.testing import assert_close
 SHARE = {"capacity": 0.4, "bottleneck": 4}
 CHOSEN = {**SHARE, "context": "selected"}
 LINEAR = {"energy": "gated_linear_attention", "heads": 2, "rank": 8}
-WINDOW = {"energy": "sliding_window_interaction", "heads": 2, "rank": 8}
+WINDOW = {"energy": {"sliding_window_interaction_by": {"window": 4}}, "heads": 2, "rank": 8}
 LLAMA = {"module": "attention", "heads": 2, "kv_heads": 1, "rank": 8}
 
 # What is routed, and what of it a cache holds.
