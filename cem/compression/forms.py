@@ -79,7 +79,7 @@ class Forms:
             return seen.turns
         rates = torch.tensor(self.frequencies, dtype=torch.float64)
         angles = torch.arange(seen.x.shape[1], dtype=torch.float64)[:, None] * rates
-        return angles.cos()[None], angles.sin()[None]
+        return angles.cos()[None].to(seen.x), angles.sin()[None].to(seen.x)
 
     def scores(self, seen: Inputs) -> Tensor:
         """The scores of every token with every other, (B, H, O, T, T)."""
@@ -103,6 +103,13 @@ class Inputs:
         if not biased:
             return self.x
         return torch.cat([self.x, torch.ones_like(self.x[..., :1])], -1)
+
+    def part(self, rows: slice, dtype: torch.dtype | None = None) -> Inputs:
+        """Some of the texts, in another type if it is given."""
+        turns = self.turns
+        if turns is not None:
+            turns = tuple((turn[rows] if len(turn) > 1 else turn).to(dtype) for turn in turns)
+        return Inputs(self.x[rows].to(dtype), turns, self.causal)
 
     def visible(self) -> Tensor:
         """Who sees whom, (T, T)."""

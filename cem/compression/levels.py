@@ -60,7 +60,7 @@ def bounds(forms: Forms, after: Forms, seen: Inputs, *, chunk: int = 4) -> Bound
     totals = torch.zeros(5, dtype=torch.float64)
     broken, largest, rows = torch.zeros(3, dtype=torch.long), 0.0, 0
     for start in range(0, len(seen.x), chunk):
-        part = _rows(seen, slice(start, start + chunk))
+        part = seen.part(slice(start, start + chunk))
         hidden = ~part.visible()
         scores, cut = (one.scores(part).masked_fill(hidden, -torch.inf) for one in (forms, after))
         log_p, log_q = scores.log_softmax(-1), cut.log_softmax(-1)
@@ -82,13 +82,6 @@ def bounds(forms: Forms, after: Forms, seen: Inputs, *, chunk: int = 4) -> Bound
         largest, rows = max(largest, float(tv.max())), rows + tv.numel()
     tv, *levels, variance = (totals / rows).tolist()
     return Bounds(rows, tv, largest, *levels, tuple(broken.tolist()), variance)
-
-
-def _rows(seen: Inputs, rows: slice) -> Inputs:
-    turns = seen.turns
-    if turns is not None and len(turns[0]) > 1:
-        turns = tuple(turn[rows] for turn in turns)
-    return Inputs(seen.x[rows], turns, seen.causal)
 
 
 def operator_norms(forms: Forms, after: Forms | None = None) -> Tensor:

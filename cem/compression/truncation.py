@@ -16,6 +16,8 @@ With a rotation the form of two tokens depends on their distance, and a cut that
 pairs of coordinates. The gain of a pair is trace(C_q C_k) with the 2 x 2 moments of its turned queries and its
 turned, centred keys.
 
+A diagonal beside the form takes up what it can of what went.
+
 Where values are tied to keys (``uses="tied"``) the mean of the keys does count, so there the moment is not centred.
 """
 
@@ -36,7 +38,7 @@ class Cut:
     Attributes:
         q, k: for every head (O, r, W) and (r, W).
         kept: for every head the pairs that stay, by their number, or None where nothing turns.
-        diagonal: lam, refitted; (H, W) or None.
+        diagonal: lam, refitted; (H, W) or None. With a rotation and without data it stays as it is.
     """
 
     q: tuple[Tensor, ...]
@@ -148,7 +150,11 @@ def cut(
         kept = tuple(tuple(sorted(order[a, : rank // 2].tolist())) for a, rank in enumerate(ranks))
         rows = [rows_of(forms, row) for row in kept]
         q = tuple(forms.q[a, :, row] for a, row in enumerate(rows))
-        return Cut(q, tuple(forms.k[a, row] for a, row in enumerate(rows)), kept, forms.diagonal)
+        k = tuple(forms.k[a, row] for a, row in enumerate(rows))
+        found = Cut(q, k, kept, forms.diagonal)
+        if forms.diagonal is None or seen is None:
+            return found
+        return replace(found, diagonal=forms.diagonal + _refit_turned(forms, found, seen))
     left, right = moments(forms, seen)
     halves = root(left), root(right)
     q, k = [], []
@@ -170,18 +176,55 @@ def _refit(forms: Forms, q, k, left: Tensor, right: Tensor) -> Tensor:
     The minimum of |C^(1/2) (W - W_r - diag(d)) Cx^(1/2)|_F solves (C * Cx) d = diag(C (W - W_r) Cx) on the support.
     """
     found = torch.zeros_like(forms.diagonal)
-    for a, row in enumerate(forms.diagonal):
+    for a in range(len(forms.k)):
         rest = forms.q[a, 0].T @ forms.k[a] - q[a][0].T @ k[a]
-        own = support(forms, a, len(row))
+        own = supports(forms)[a]
         system = (left * right)[own][:, own]
         wanted = (left @ rest @ right).diagonal()[own]
         found[a, own] = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:, 0]
     return found
 
 
-def support(forms: Forms, head: int, width: int) -> Tensor:
-    """The coordinates that the diagonal of a head may use: its own block, or all."""
+def _refit_turned(forms: Forms, found: Cut, seen: Inputs) -> Tensor:
+    """The same where positions turn, so that what the cut left over depends on the distance: over pairs of tokens.
+
+    With l_ts the lost score, the least squares of it on x_tb x_sb, the mean over t of that over what t sees:
+
+        min_d  mean_ts ( l_ts - sum_b d_b x_tb x_sb )^2
+
+    Both are centred over s for each t, unless values are tied, as the moments of the other refit are.
+    """
+    whole, rest = replace(forms, diagonal=None), replace(found.padded(forms), diagonal=None)
+    result, own = torch.zeros_like(forms.diagonal), supports(forms)
+    visible = seen.visible().to(seen.x)
+    share = visible / visible.sum(1, keepdim=True)  # (T, S)
+    width = int(own[0].sum())
+    systems = seen.x.new_zeros(len(own), width, width)
+    wanted = seen.x.new_zeros(len(own), width)
+    for n in range(len(seen.x)):
+        one = seen.part(slice(n, n + 1))
+        lost = (whole.scores(one) - rest.scores(one))[0].mean(1) / forms.scale  # (H, T, S)
+        if forms.uses != "tied":
+            lost = lost - (share * lost).sum(-1, keepdim=True)
+        for a, row in enumerate(own):
+            x = one.x[0][:, row]
+            seen_squares = (share @ (x[:, :, None] * x[:, None]).flatten(1)).unflatten(
+                1, (width, -1)
+            )
+            if forms.uses != "tied":
+                mean = share @ x
+                seen_squares = seen_squares - mean[:, :, None] * mean[:, None]
+            systems[a] += (x[:, :, None] * x[:, None] * seen_squares).sum(0)
+            wanted[a] += (x * ((share * lost[a]) @ x)).sum(0)
+    for a, row in enumerate(own):
+        solved = torch.linalg.lstsq(systems[a], wanted[a][:, None], driver="gelsd").solution
+        result[a, row] = solved[:, 0]
+    return result
+
+
+def supports(forms: Forms) -> Tensor:
+    """The coordinates that the diagonal of each head may use, its own block or all, (H, W)."""
+    heads, width = forms.diagonal.shape
     if not forms.blocked:
-        return torch.arange(width)
-    block = width // len(forms.k)
-    return torch.arange(head * block, (head + 1) * block)
+        return torch.ones(heads, width, dtype=torch.bool)
+    return torch.eye(heads, dtype=torch.bool).repeat_interleave(width // heads, 1)
