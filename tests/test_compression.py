@@ -77,7 +77,7 @@ def test_a_cut_layer_is_the_layer_with_zeros_in_place_of_what_went(kind):
     same, done = compress(layer, 4, x)
     torch.testing.assert_close(same(h), layer(h), **TIGHT)
     assert max(done.operator) < 1e-10 and done.kept == pytest.approx(1)
-    small, done = compress(layer, [4, 2, 0], x)
+    small, done = compress(layer, [4, 2, 0], x, steps=3)
     torch.testing.assert_close(small(h), padded(layer, done)(h), **TIGHT)
     assert small.scalars["beta"] == pytest.approx(layer.scalars["beta"]), "the scale is kept"
     assert done.parameters == tuple(
@@ -260,7 +260,7 @@ COMPARED = (
 @pytest.mark.parametrize("ranks", [2, (4, 2, 0)])
 def test_no_row_is_above_its_bounds_on_held_out_data(kind, ranks):
     layer = layer_of(kind)
-    _, done = compress(layer, ranks, states(4))
+    _, done = compress(layer, ranks, states(4), steps=10)
     other = 3 * states(16)
     found = done.bounds(other)
     assert found.violations == (0, 0, 0) and done.calibrated.violations == (0, 0, 0)
@@ -305,7 +305,7 @@ def test_energies_move_by_no_more_than_they_may():
     """|E - E_r| <= sum_a |W_a - W'_a| |h| max|x_s| for the interaction energy, rotary or not."""
     for kind in ("interaction", "rotary_interaction"):
         layer = layer_of(kind)
-        small, done = compress(layer, 2, states())
+        small, done = compress(layer, 2, states(), steps=10)
         h = states(20)
         size = float(h.norm(dim=-1).max())
         moved = (layer.energy(h) - small.energy(h)).abs().max()

@@ -2,7 +2,8 @@
 
     spectra(model, tokens)         the data-weighted spectrum of every head, as :class:`~cem.allocation.Heads`
     layer_weights(model, tokens)   what losing a unit of it costs, layer by layer, in nats
-    compress(layer, ranks, seen)   a layer of lower rank, and a :class:`Truncation` that says what that changes
+    compress(layer, ranks, seen)   a layer of lower rank, cut and then fitted to what the layer did, and a
+                                   :class:`Truncation` that says what that changes
     compress_model(model, plan, tokens)
 
 The layers are those of energies with matrices Q and K (``interaction`` and its rotary, grouped, diagonal and partly
@@ -28,6 +29,7 @@ from ..allocation import Plan
 from ..allotment import Heads
 from ..layer import EnergyLayer
 from .attention import LowRankAttention as LowRankAttention
+from .fitting import fitted
 from .forms import Forms, Inputs, is_attention, read
 from .groups import of_groups as of_groups
 from .layers import described as described
@@ -44,9 +46,9 @@ class Truncation:
     Attributes:
         ranks, full: of every head after, and before.
         operator: for every head (the largest over its queries) |W - W'| times the scale of the scores: no score moves
-            by more than this times |x_t| |x_s|. With a rotation the sum of |Q_f| |K_f| over the pairs that went.
-        kept: the share of the data-weighted score variance that the cut keeps, by the spectrum; of tied values it is
-            the mean square of the scores.
+            by more than this times |x_t| |x_s|, with a rotation at any distance.
+        kept: the share of the data-weighted score variance that the cut keeps, by the spectrum and before the fit; of
+            tied values it is the mean square of the scores.
         parameters: of the layer, before and after, as counted.
         calibrated: the bounds on the calibration data; None without data, or where scores have biases of position.
     """
@@ -84,17 +86,21 @@ def compress(
     calibration: Inputs | Tensor | None = None,
     *,
     together: bool = False,
+    steps: int = 40,
 ) -> tuple[nn.Module, Truncation]:
-    """A layer whose heads have lower ranks, by data-weighted singular vectors or by whole pairs of a rotation.
+    """A layer whose heads have lower ranks: a cut, fitted to the weights that the layer gave.
 
-    The layer is left as it is. The formulas are in :mod:`cem.compression.truncation`.
+    Singular vectors stay, or whole pairs of a rotation (:mod:`cem.compression.truncation`); with calibration data what
+    stays is then fitted (:mod:`cem.compression.fitting`). The layer is left as it is.
 
     Args:
         layer: an :class:`~cem.EnergyLayer` with Q and K, or attention as in Llama or GPT-2.
         ranks: one for all heads, or one for every head with a key; 0 takes a head away.
         calibration: what the layer reads (B, T, D), after its norm, or of :func:`inputs_of`; errors are weighed
-            with it. Without it all directions count alike.
+            with it. Without it all directions count alike and nothing is fitted.
         together: all heads keep the same pairs of a rotation, so that they stay one call of the kernel.
+        steps: of the fit. It holds the weights of the calibration data, B H T T numbers of float32. With 0, and where
+            scores have biases of position or a window, the cut stays as it is.
 
     Returns:
         The new layer, and the :class:`Truncation`.
@@ -123,6 +129,8 @@ def compress(
     causal = getattr(layer, "causal", True)
     seen = None if calibration is None else _inputs(calibration, causal)
     found = cut(forms, ranks, seen, together=together)
+    if seen is not None and forms.alone:
+        found = fitted(forms, found, seen, steps)
     after = found.padded(forms)
     made = rebuilt(layer, forms, found)
     table = gains(forms, seen, together=together)
@@ -241,7 +249,7 @@ def layer_weights(
     rank: int = 4,
     loss: Callable[[nn.Module], float] | None = None,
 ) -> list[float]:
-    """What losing a unit of score variance costs in each layer: one layer at a time is cut to a low rank.
+    """What losing a unit of score variance costs in each layer: one at a time is cut to a low rank and fitted.
 
         w_l = (loss with layer l cut - loss) / (gain that the cut loses),   at least 1e-4 of the largest
 
@@ -295,7 +303,7 @@ def replaced(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[nn.Modu
 
 
 def compress_model(
-    model: nn.Module, plan: Plan, tokens: Tensor | None = None
+    model: nn.Module, plan: Plan, tokens: Tensor | None = None, *, steps: int = 40
 ) -> dict[str, Truncation]:
     """Cut every attention layer of a model, in place, to the ranks of a plan.
 
@@ -303,6 +311,7 @@ def compress_model(
         model: that the plan was made for.
         plan: its layers are named as :func:`spectra` names them.
         tokens: calibration text, (B, T); all layers are cut by what they read before any is.
+        steps: of the fit of every layer, as of :func:`compress`.
 
     Returns:
         A :class:`Truncation` for every layer, by its path.
@@ -322,7 +331,7 @@ def compress_model(
     for layer in plan.layers:
         module = layers[layer.name]
         new, done[layer.name] = compress(
-            module, layer.ranks, seen.get(layer.name), together=layer.together
+            module, layer.ranks, seen.get(layer.name), together=layer.together, steps=steps
         )
         model.set_submodule(layer.name, new)
     return done

@@ -18,9 +18,8 @@ class LowRankAttention(nn.Module):
     """Takes the place of the attention of Llama or GPT-2: head a scores with ``ranks[a]`` coordinates of its own.
 
     The projections hold exactly the kept rows, nothing is padded: heads of one rank run in one call of the kernel, so
-        a layer makes as many calls as it has different ranks. A cache keeps the keys of all heads side by side, (B,
-        1, S, sum of
-    ranks), and the values as before. A head of rank 0 averages what it sees.
+    a layer makes as many calls as it has different ranks. A cache keeps the keys of all heads side by side, (B, 1, S,
+    sum of ranks), and the values as before. A head of rank 0 averages what it sees.
 
     Args:
         ranks: of every head with a key.

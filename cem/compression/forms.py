@@ -73,6 +73,13 @@ class Forms:
             k, self.pairs, cos[:, None], sin[:, None]
         )
 
+    def back(self, value: Tensor, seen: Inputs) -> Tensor:
+        """Averages of turned keys (B, H, O, T, R), turned back by the positions of their queries."""
+        if self.pairs is None:
+            return value
+        cos, sin = self.turns(seen)
+        return _turned(value, self.pairs, cos[:, None, None], -sin[:, None, None])
+
     def turns(self, seen: Inputs) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the pairs, (B or 1, T, P)."""
         if seen.turns is not None:

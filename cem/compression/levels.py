@@ -88,24 +88,44 @@ def operator_norms(forms: Forms, after: Forms | None = None) -> Tensor:
     """For every query a bound on |score - score'| / (|x_t| |x_s|), (H, O).
 
     Without a rotation it is scale |W - W'|, the largest singular value, or the sum with the largest difference of the
-    diagonals; with one, scale times the sum of |Q_f| |K_f| over the pairs that went. Without ``after``: of W itself.
+    diagonals; with one, scale times the sum over pairs of :func:`_pair_norms`, a bound at every distance. Without
+    ``after``: of W itself.
     """
     diagonal = 0.0
     if forms.diagonal is not None:
         other = 0.0 if after is None else after.diagonal
         diagonal = (forms.diagonal - other).abs().amax(1)[:, None]
     if forms.pairs is not None:
-        first, second = forms.pairs.T
-        q = forms.q if after is None else forms.q - after.q
-        k = forms.k if after is None else forms.k - after.k
-        of_q = torch.linalg.matrix_norm(torch.stack([q[:, :, first], q[:, :, second]], -2), 2)
-        of_k = torch.linalg.matrix_norm(torch.stack([k[:, first], k[:, second]], -2), 2)
-        return forms.scale * ((of_q * of_k[:, None]).sum(-1) + diagonal)
+        return forms.scale * (_pair_norms(forms, after).sum(-1) + diagonal)
     q, k = forms.q, forms.k
     if after is not None:
         q = torch.cat([q, -after.q], 2)
         k = torch.cat([k, after.k], 1)
-    rx = torch.linalg.qr(q.mT)[1]  # (H, O, ., R)
-    ry = torch.linalg.qr(k.mT)[1]
-    size = torch.linalg.matrix_norm(rx @ ry.mT[:, None], 2)
-    return forms.scale * (size + diagonal)
+    return forms.scale * (_product_norm(q, k[:, None]) + diagonal)
+
+
+def _pair_norms(forms: Forms, after: Forms | None) -> Tensor:
+    """How much the score of each pair can change at any distance, (H, O, P).
+
+    With complex rows q = q_1 + i q_2 and k = k_1 + i k_2 a pair adds Re(e^(i angle) conj(q x_t) (k x_s)), so it is at
+    most |conj(q)^T k - conj(q')^T k'|; and at most |Q_f| |K_f| + |Q'_f| |K'_f|, which is less where a pair went.
+    """
+    q, k = forms.q[:, :, forms.pairs], forms.k[:, None, forms.pairs]  # (H, O, P, 2, W)
+    most = torch.linalg.matrix_norm(q, 2) * torch.linalg.matrix_norm(k, 2)
+    if after is None:
+        return most
+    other_q, other_k = after.q[:, :, forms.pairs], after.k[:, None, forms.pairs]
+    most = most + torch.linalg.matrix_norm(other_q, 2) * torch.linalg.matrix_norm(other_k, 2)
+    left = torch.stack([_complex(q).conj(), -_complex(other_q).conj()], -2)
+    right = torch.stack([_complex(k), _complex(other_k)], -2)
+    return torch.minimum(most, _product_norm(left, right))
+
+
+def _complex(rows: Tensor) -> Tensor:
+    return torch.complex(rows[..., 0, :], rows[..., 1, :])
+
+
+def _product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """|left^T right| of (..., R, W), without the matrix of size W."""
+    rx, ry = torch.linalg.qr(left.mT)[1], torch.linalg.qr(right.mT)[1]
+    return torch.linalg.matrix_norm(rx @ ry.mT, 2)
