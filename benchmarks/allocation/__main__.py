@@ -38,6 +38,9 @@ WAYS = {
 }
 
 
+NOT_FITTED = ("uniform", "weights")  # measured once more with the cut alone
+
+
 def trained(name: str, said: dict, out: Path) -> Path:
     """The folder of a trained model of models.yaml."""
     row = said["models"][name]
@@ -60,8 +63,12 @@ def measure(folder: Path, windows: int, checked: int) -> dict:
             _, plan = plan_for(
                 model, text, share, by=way, cost="rank", layers=layers, weights=weights
             )
-            small = deepcopy(model)
+            small, extra = deepcopy(model), {}
             done = compress_model(small, plan, text.train)
+            if way in NOT_FITTED:
+                bare = deepcopy(model)
+                compress_model(bare, plan, text.train, steps=0)
+                extra = {"not_fitted": cross_entropy(bare, text.held_out) - before}
             seen = inputs_of(model, text.held_out[:checked])
             bounds = [one.bounds(seen[layer]) for layer, one in done.items()]
             rows.append(
@@ -69,6 +76,7 @@ def measure(folder: Path, windows: int, checked: int) -> dict:
                     "share": share,
                     "way": way,
                     "increase": cross_entropy(small, text.held_out) - before,
+                    **extra,
                     "ranks": plan.ranks,
                     "exact": plan.exact,
                     "parameters": sum(p.numel() for p in small.parameters()),
@@ -116,8 +124,9 @@ def text_of(results: dict, said: dict) -> str:
             "",
             "| rank kept | "
             + " | ".join(WAYS)
-            + " | ranks by layer, weights | left of the model's FLOPs |",
-            "| --- |" + " ---: |" * len(WAYS) + " --- | ---: |",
+            + " | uniform, not fitted | weights, not fitted | ranks by layer, weights"
+            + " | left of the model's FLOPs |",
+            "| --- |" + " ---: |" * (len(WAYS) + 2) + " --- | ---: |",
         ]
         for share in SHARES:
             rows = {row["way"]: row for row in found["rows"] if row["share"] == share}
@@ -125,6 +134,7 @@ def text_of(results: dict, said: dict) -> str:
             lines.append(
                 f"| 1/{round(1 / share)} of {sum(found['full'])} | "
                 + " | ".join(f"{rows[way]['increase']:+.4f}" for way in WAYS)
+                + "".join(f" | {_bare(rows[way]):+.4f}" for way in NOT_FITTED)
                 + f" | {' '.join(str(sum(r)) for r in one['ranks'])} | {one['model_flops']:.1%} |"
             )
         lines.append("")
@@ -133,6 +143,11 @@ def text_of(results: dict, said: dict) -> str:
             lines.append(f"- {what}: {value:.4g}, at most {most:g}: {verdict}")
         lines += ["", f"![loss increase of {name}](results/{name}.png)", ""]
     return "\n".join(lines)
+
+
+def _bare(row: dict) -> float:
+    """The increase by the cut alone; rows without a fit have no other."""
+    return row.get("not_fitted", row["increase"])
 
 
 def publish(said: str) -> None:
