@@ -25,9 +25,8 @@ from torch import Tensor
 from .forms import Forms, Inputs, second_moment
 from .truncation import Cut, rows_of, supports
 
-SCORES = (
-    1 << 20
-)  # of one piece of the calibration data, so that a piece stays in the cache of a processor
+SCORES = 1 << 20
+"""Of one piece of the calibration data, so that a piece stays in the cache of a processor."""
 HIDDEN = -1e30
 
 

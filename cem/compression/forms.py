@@ -252,7 +252,7 @@ def _check_bilinear(layer: EnergyLayer, pairs: Tensor | None) -> None:
         raise ValueError(
             f"the scores of energy `{layer.energy_function.name}` are not bilinear in Q h and K x, so their rank is"
             " not a number of coordinates: got another layer when one grew and the other shrank; normalised and capped"
-            " scores cannot be cut"
+            " scores cannot be cut, nor a Q that writes values of their own"
         )
 
 
