@@ -206,6 +206,8 @@ def test_a_preset_has_the_parameters_of_its_twin(size):
     assert count("") == llama + steps + shape.layers * (shape.heads + shape.hidden)
     attention, mlp = 2 * shape.layers * shape.dim**2, shape.layers * shape.hidden * shape.dim
     assert count("half-") == llama + steps - attention - mlp
+    lean = count("lean-") - llama - steps - shape.layers * shape.hidden
+    assert lean == pytest.approx(-attention, rel=0.07)  # ranks are multiples of 8
 
 
 @torch.no_grad()

@@ -47,20 +47,26 @@ def _blocks(shape: Shape) -> dict[str, list[dict]]:
         ]
 
     partly = {"energy": "partly_tied_interaction", "heads": heads, "rank": rank, "copies": rank}
+    wide = 8 * round(rank / 6)  # 4/3 of the rank
+    lean = {"energy": "loosely_tied_interaction", "heads": heads // 2, "rank": wide}
+    mlp = {"energy": "partly_tied_gated", "hidden": hidden} | start
     return {
-        "": [partly | start, {"energy": "partly_tied_gated", "hidden": hidden} | start],
+        "": [partly | start, mlp],
+        "lean": [lean, mlp],
         "tied": tied(2 * heads, 3 * hidden // 2),
         "half": tied(heads, hidden),
     }
 
 
 def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrainedConfig:
-    """The configuration of a preset: ``SIZE``, ``tied-SIZE``, ``half-SIZE`` or ``llama-SIZE``, SIZE of ``SHAPES``.
+    """The configuration of a preset: ``SIZE`` or ``lean-``, ``tied-``, ``half-`` or ``llama-SIZE``, SIZE of ``SHAPES``.
 
-    All four have the same depth and width.
+    All have the same depth and width.
 
     - ``SIZE`` has Llama's matrices and a learned share of the tied forces, from 0: ``partly_tied_interaction`` and
       ``partly_tied_gated``. ``benchmarks/parity`` says why it is the default.
+    - ``lean-SIZE`` has about half of the parameters of Llama's attention, in half of its heads of 4/3 of the rank, which
+      write with their queries and have values of their own: the tie that ``benchmarks/studies`` found to cost least.
     - ``tied-SIZE`` has the parameters of ``llama-SIZE``, matrix for matrix: its tied attention has twice the heads
       (two matrices a head instead of four) and its gated MLP 3/2 of the hidden units (two matrices instead of three).
     - ``half-SIZE`` has Llama's heads and hidden units, so half of the parameters of its attention, half of its cache,
@@ -78,7 +84,7 @@ def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrained
     (12, 24)
     """
     side, _, size = name.rpartition("-")
-    sides = ("", "tied", "half", "llama")
+    sides = ("", "lean", "tied", "half", "llama")
     if size not in SHAPES or side not in sides:
         known = [f"{side}-{size}".lstrip("-") for size in SHAPES for side in sides]
         raise ValueError(f"a preset is one of {', '.join(known)}: got {name!r}; type 'tiny'")
