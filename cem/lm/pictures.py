@@ -214,6 +214,7 @@ def differences(groups, reference, *, ax=None):
     ax.set_yticks(range(len(rows)), [label for _, label in rows])
     ax.set_ylim(-0.7, len(rows) - 0.3)
     ax.tick_params(axis="y", length=0)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
     ax.grid(axis="both", color="0.92", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.set_xlabel("difference in held-out loss\nnats per token")
