@@ -21,7 +21,7 @@ from cem.language.words import WORDS
 from cem.testing.reference import values_of
 
 SIZES = {"dim": 4, "heads": 2, "rank": 3, "hidden": 5, "block": 2, "experts": 2, "features": 3}
-SIZES |= {"copies": 2, "groups": 2, "per_group": 2, "far": 4, "buckets": 32}
+SIZES |= {"copies": 2, "groups": 2, "per_group": 2, "far": 4, "buckets": 32, "tokens": 3}
 NAMED = {cem.Dim(name): size for name, size in SIZES.items()}
 GALLERY = [getattr(energies, name) for name in energies.__all__]
 GALLERY = [energy for energy in GALLERY if isinstance(energy, cem.Energy)]

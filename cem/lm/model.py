@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -286,16 +287,13 @@ class CEMForCausalLM(CEMPreTrainedModel, GenerationMixin):
         for slot in more if CACHE in model_kwargs else ():
             hold_more(model_kwargs[CACHE], slot)
 
-    @PreTrainedModel.loss_function.getter
-    def loss_function(self):
+    def _loss_function(self, *, labels: Tensor, num_items_in_batch=None, **inputs) -> Tensor:
         """That of transformers; in training its derivative, not its value, also trains the predictors of routers."""
-        plain = PreTrainedModel.loss_function.fget(self)
-        return partial(self._teaching, plain) if self.training and self.model.routed else plain
-
-    def _teaching(self, plain, *, labels: Tensor, num_items_in_batch=None, **inputs) -> Tensor:
+        loss = ForCausalLMLoss(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
+        if not (self.training and self.model.routed):
+            return loss
         parts = (part for block in self.model.layers for part in block.parts.values())
-        losses = [loss for part in parts for loss in router_losses(part)]
-        loss = plain(labels=labels, num_items_in_batch=num_items_in_batch, **inputs)
+        losses = [each for part in parts for each in router_losses(part)]
         if not losses:
             return loss
         own = torch.stack([each.to(loss) for each in losses]).sum()

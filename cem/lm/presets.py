@@ -65,8 +65,9 @@ def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrained
 
     - ``SIZE`` has Llama's matrices and a learned share of the tied forces, from 0: ``partly_tied_interaction`` and
       ``partly_tied_gated``. ``benchmarks/parity`` says why it is the default.
-    - ``lean-SIZE`` has about half of the parameters of Llama's attention, in half of its heads of 4/3 of the rank, which
-      write with their queries and have values of their own: the tie that ``benchmarks/studies`` found to cost least.
+    - ``lean-SIZE`` has about half of the parameters of Llama's attention, in half of its heads of 4/3 of the rank.
+      They write with their queries and have values of their own: the tie that ``benchmarks/studies`` found to cost
+      least.
     - ``tied-SIZE`` has the parameters of ``llama-SIZE``, matrix for matrix: its tied attention has twice the heads
       (two matrices a head instead of four) and its gated MLP 3/2 of the hidden units (two matrices instead of three).
     - ``half-SIZE`` has Llama's heads and hidden units, so half of the parameters of its attention, half of its cache,
