@@ -56,7 +56,7 @@ def pairs(row):
 
 
 GRID = list(pairwise([rule for rule in RULES if rule != "newton"], PRECONDITIONERS, NORMS, REFRESH))
-GRID += [("newton", None, norm, refresh) for norm in NORMS for refresh in REFRESH]
+GRID += [("newton", None, *pair) for pair in zip(NORMS, REFRESH, strict=True)]
 
 
 def made(rule, preconditioner, norm, refresh, rules=RULES, **options):
@@ -123,7 +123,13 @@ SHORT = RULES | {
 }
 
 
-@every
+# The others differ from these in arithmetic, not in what is traced.
+QUICK = ("descent", "learned momentum", "newton")
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.long) for r in RULES]
+)
 def test_one_graph_without_breaks(rule):
     layer = made(rule, None, nn.RMSNorm, "layer", rules=SHORT)
     torch._dynamo.reset()
