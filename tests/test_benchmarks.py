@@ -109,7 +109,7 @@ def test_peak_memory_counts_what_a_pass_allocates(device):
     assert autograd > fused + 4 * 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_peak_in_a_process_of_its_own():
     assert memory.fresh_peak("autograd", 256, QUICK) > 2**20  # its scores alone
 

@@ -205,13 +205,13 @@ def many(examples):
     return settings(max_examples=examples, suppress_health_check=quick)
 
 
-@many(24)
+@many(16)
 @given(sums(LOCAL))
 def test_energies_without_a_context(expression):
     check(expression, causal=True, masked=False)
 
 
-@many(24)
+@many(16)
 @given(sums(CONTEXTUAL), st.booleans(), st.booleans())
 def test_energies_of_a_context(expression, causal, masked):
     check(expression, causal, masked)
