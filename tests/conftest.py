@@ -79,3 +79,11 @@ def trained(tmp_path_factory):
         patch.setattr(pictures, "save", lambda out: None)
         out = tmp_path_factory.mktemp("trained")
         return out, train(tiny_run(), out)
+
+
+@pytest.fixture
+def double():
+    """New tensors are of float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

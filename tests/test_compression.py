@@ -17,6 +17,7 @@ from cem.compression.levels import bounds, operator_norms
 from cem.compression.truncation import cut, gains, moments, root
 
 TIGHT = {"rtol": 0, "atol": 1e-10}
+pytestmark = pytest.mark.usefixtures("double")
 DIM, TOKENS = 12, 7
 KINDS = {
     "interaction": {"heads": 3, "rank": 4},
@@ -30,13 +31,6 @@ KINDS = {
     "parallel_block": {"heads": 3, "rank": 4, "hidden": 5},
     "alibi_interaction": {"heads": 3, "rank": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def layer_of(kind, **options):

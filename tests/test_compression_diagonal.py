@@ -4,21 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_compression import DIM, TOKENS, layer_of, states
+from test_compression import DIM, TIGHT, TOKENS, layer_of, states
 
 from cem.compression import Inputs, compress
 from cem.compression.forms import read
 from cem.compression.levels import operator_norms
 from cem.compression.truncation import cut
 
-TIGHT = {"rtol": 0, "atol": 1e-10}
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.mark.parametrize("uses", ["tied", "scores"])

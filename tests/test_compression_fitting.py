@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_compression import DIM, TOKENS, layer_of, states
+from test_compression import DIM, TIGHT, TOKENS, layer_of, states
 
 import cem
 from cem.compression import Inputs, compress
@@ -14,14 +14,7 @@ from cem.compression.levels import operator_norms
 from cem.compression.truncation import cut
 from cem.energies.rotary_interaction import rotary_interaction_by
 
-TIGHT = {"rtol": 0, "atol": 1e-10}
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def rows_of_weights(forms, text):
