@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _OPTIONS = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
+
+
+class _SinglePrecision(TorchFunctionMode):
+    """Where code asks for bfloat16, a copy in float32: most CPUs emulate bfloat16, at 15 times the cost."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return function(*args, **(kwargs or {}))
 
 
 class Muon(torch.optim.AdamW):
@@ -22,6 +33,9 @@ class Muon(torch.optim.AdamW):
 
     The step is scaled to AdamW's root mean square (``match_rms_adamw``, arXiv 2502.16982), so that
     one learning rate serves both.
+
+    The Newton-Schulz iteration runs in bfloat16 on an accelerator, as in ``torch.optim.Muon``, and in
+    float32 on a CPU.
 
     Args:
         groups: parameter groups; each may say ``muon=True``.
@@ -94,7 +108,9 @@ class Muon(torch.optim.AdamW):
             return
         muon = torch.optim.Muon(list(views.values()), **{name: group[name] for name in _OPTIONS})
         muon.state.update({v: self.state[p] for p, v in views.items() if p in self.state})
-        muon.step()
+        on_cpu = all(view.is_cpu for view in views.values())
+        with _SinglePrecision() if on_cpu else nullcontext():
+            muon.step()
         # AdamW, whose state_dict this is, looks for a step in every state.
         self.state.update({p: {"step": torch.zeros(())} | muon.state[v] for p, v in views.items()})
 
@@ -149,10 +165,8 @@ def parameter_groups(
             )
     matrices, hidden = set(decayed(model)), set(hidden_matrices(model)) if muon else set()
     found: dict[tuple, dict] = {}
-    for pattern in (
-        None,
-        *said,
-    ):  # what is not named comes first: its rate is the one that is logged
+    # What is not named comes first: its rate is the one that is logged.
+    for pattern in (None, *said):
         for name, parameter in named.items():
             match = next((one for one in said if fnmatchcase(name, one)), None)
             if match != pattern:
