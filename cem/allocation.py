@@ -6,10 +6,11 @@ whose cost stays within the budget:
 
     maximise  sum_l w_l sum_a g_la(r_la)    subject to    sum_la c_l r_la <= budget
 
+* From losses: g_la(r) is the part of what the model loses without head a that rank r gives back, in nats, measured
+  with cuts as they will be made (:func:`cem.compression.losses`).
 * From spectra: g_la(r) = s_1^2 + ... + s_r^2, the singular values of the data-weighted form
-  C^(1/2) W Cx^(1/2) / sqrt(rank) (see :func:`cem.compression.spectra`), so 1 - gain is the variance of the scores
-  that is lost. The weights w_l say how many nats a unit of that variance costs in layer l
-  (:func:`cem.compression.layer_weights`).
+  C^(1/2) W Cx^(1/2) / sqrt(rank) (see :func:`cem.compression.spectra`), so what is missing is the variance of the
+  scores that is lost. Weights w_l may say what a unit of it is worth in layer l.
 * From importances: ranks in proportion to them, by the method of highest averages (the i-th rank of a head counts
   importance / i), each head at most its full rank.
 * From nothing: the same with :func:`schedule`, more heads and wider ones in early layers.
@@ -78,7 +79,7 @@ def allocate(
         layers: the heads of each layer, with their ``gains`` or without.
         cost: ``"rank"``, ``"parameters"``, ``"flops"`` (forward, a token) or ``"cache"``.
         context: how many tokens a token sees, for ``"flops"``: 2 parameters + 2 context a product of the attention.
-        weights: of the layers' gains, as measured.
+        weights: of the layers' gains; all 1 by default.
         importances: one a layer, or one a head of each layer, instead of gains.
         groups: ``"head"``, every head has a rank of its own, or ``"layer"``, the heads that a layer keeps share one.
         multiple: ranks are multiples of it, and of the steps of all layers.
@@ -102,7 +103,7 @@ def allocate(
     units = [layer.unit(cost, context) for layer in layers]
     full = sum(unit * layer.rank * layer.heads for unit, layer in zip(units, layers, strict=True))
     limit = _limit(budget, full)
-    if source == "spectra":
+    if source == "gains":
         scale = weights or [1.0] * len(layers)
         gains = [
             np.asarray(layer.gains, float) * weight
@@ -143,7 +144,7 @@ def allocate(
         for layer, row in zip(layers, found, strict=True)
     )
     spent = sum(unit * sum(row) for unit, row in zip(units, found, strict=True))
-    gain = None if source != "spectra" else kept / total if total else 1.0
+    gain = None if source != "gains" else kept / total if total else 1.0
     return Plan(rows, cost, limit, spent, full, context, gain, source, exact)
 
 
@@ -173,7 +174,7 @@ def _check(layers, cost, weights, importances, groups, multiple, ranks, heads) -
         len(weights) != len(layers) or not all(0 <= w < math.inf for w in weights)
     ):
         refuse(f"{len(layers)} weights from 0", weights, "give one a layer")
-    return "spectra" if all(known) else "schedule"
+    return "gains" if all(known) else "schedule"
 
 
 def _limit(budget: float, full: int) -> int:
@@ -218,7 +219,7 @@ def _greedy_is_exact(curves, units, allowed, counts, layers, groups) -> bool:
     )
     free = all(c == (0, layer.heads) for c, layer in zip(counts, layers, strict=True))
     steps = {unit * la[1] for unit, la in zip(units, allowed, strict=True) if la[1:]}
-    falling = all((np.diff(curve, 2) <= 0).all() for curve in curves)
+    falling = all((np.diff(curve, 2) <= 1e-12 * curve[:, -1:]).all() for curve in curves)
     return groups == "head" and regular and free and falling and len(steps) == 1
 
 

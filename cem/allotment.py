@@ -85,7 +85,8 @@ class Heads:
             )
         if not all(gain >= 0 for row in self.gains for gain in row):
             raise ValueError(
-                f"gains are sums of squares: got one below 0 in layer `{self.name}`; give squared singular values"
+                f"gains are at least 0: got one below 0 in layer `{self.name}`; give squared singular values, or"
+                " falls of a loss"
             )
 
     def unit(self, kind: str, context: int) -> int:
@@ -163,8 +164,8 @@ class Plan:
             token).
         budget, cost, full: what was allowed, what the plan takes, what all layers take at full rank.
         context: tokens that a token sees, for ``"flops"``.
-        gain: the share of the weighted gain that is kept, or None where no spectra were given.
-        source: ``"spectra"``, ``"importances"`` or ``"schedule"``.
+        gain: the share of the weighted gain that is kept, or None where no gains were given.
+        source: ``"gains"``, ``"importances"`` or ``"schedule"``.
         exact: whether no assignment within the budget has a larger gain.
 
     >>> from cem.allocation import allocate
@@ -182,7 +183,7 @@ class Plan:
     full: int
     context: int = 0
     gain: float | None = None
-    source: str = "spectra"
+    source: str = "gains"
     exact: bool = True
 
     @property
@@ -250,7 +251,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        kept = "" if self.gain is None else f", {self.gain:.2%} of the weighted score variance kept"
+        kept = "" if self.gain is None else f", {self.gain:.2%} of them kept"
         exact = "" if self.exact else ", not proved optimal"
         said = f"{self.cost:,} of {self.full:,} {self.kind}, by {self.source}{kept}{exact}"
         return f"{self.table()}\n{said}"

@@ -1,4 +1,4 @@
-"""Pictures of ranks: the heads of a plan, spectra by head and layer, the error against rank and length.
+"""Pictures of ranks: the heads of a plan, gains by head and layer, the error against rank and length.
 
 Every function draws on `ax` (by default on a new figure) and returns the axes, in the style of `cem.plot`.
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .plot import _COLORS, _SMALL, _STYLE, _axes, _colorbar, _labels
 
-__all__ = ["heads", "saturation", "spectra"]
+__all__ = ["gains", "heads", "saturation"]
 
 
 def short(names: Sequence[str]) -> list[str]:
@@ -63,8 +63,8 @@ def heads(ranks: Sequence[Sequence[int]], full: Sequence[int], *, names=None, ax
 
 
 @matplotlib.rc_context(_STYLE)
-def spectra(layers, *, ax=None):
-    """Draw the share of the score variance that each rank leaves out, the heads of a layer in one colour.
+def gains(layers, *, ax=None):
+    """Draw the share of its gain that each rank of a head leaves out, the heads of a layer in one colour.
 
     Args:
         layers: :class:`cem.allotment.Heads` with gains.
@@ -84,7 +84,7 @@ def spectra(layers, *, ax=None):
     ax.set_yscale("log")
     ax.set_xlim(0)
     ax.set_xlabel("rank of a head")
-    ax.set_ylabel("share of the score variance left out")
+    ax.set_ylabel("share of the gain left out")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(layers) <= 12:
         ax.legend(loc="upper right", ncols=1 + len(layers) // 7)

@@ -27,9 +27,9 @@ def test_a_bar_is_made_of_the_ranks_of_its_heads():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1"]
 
 
-def test_spectra_end_where_nothing_is_left():
+def test_gains_end_where_nothing_is_left():
     layers = [Heads("a", 8, 2, 4, step=2, gains=((3.0, 1.0), (1.0, 0.0)))]
-    ax = rank_plots.spectra(layers)
+    ax = rank_plots.gains(layers)
     first, second = ax.lines
     assert list(first.get_xdata()) == [0, 2] and list(first.get_ydata()) == [1.0, 0.25]
     assert list(second.get_xdata()) == [0]
@@ -37,9 +37,7 @@ def test_spectra_end_where_nothing_is_left():
 
 
 def test_increases_are_drawn_by_share():
-    ax = rank_plots.increases(
-        {"uniform": {0.5: 0.1, 0.125: 0.9}, "weights": {0.5: 0.01, 0.125: 0.2}}
-    )
+    ax = rank_plots.increases({"uniform": {0.5: 0.1, 0.125: 0.9}, "loss": {0.5: 0.01, 0.125: 0.2}})
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.9, 0.1], [0.2, 0.01]]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1/8", "1/2"]
     ax = rank_plots.saturation({64: {1: 0.4, 4: 0.1}}, "error", log=True, ax=plt.subplots()[1])

@@ -20,8 +20,8 @@ def allocate(
         str, typer.Option(help="What is counted: parameters, flops, cache or rank.")
     ] = "parameters",
     by: Annotated[
-        str, typer.Option(help="weights (measured in the loss), spectra, schedule or uniform.")
-    ] = "weights",
+        str, typer.Option(help="loss (measured, fits included), spectra, schedule or uniform.")
+    ] = "loss",
     groups: Annotated[
         str, typer.Option(help="head: a rank for each; layer: one for all that a layer keeps.")
     ] = "head",
@@ -37,13 +37,11 @@ def allocate(
 ) -> None:
     """Measure what every head needs and share out a budget.
 
-    Prints the plan, writes plan.yaml and pictures of it and of the spectra; with --save also the
+    Prints the plan, writes plan.yaml and pictures of it and of the gains; with --save also the
     model, cut to the plan. `plan: plan.yaml` in a run trains a model with these heads and ranks.
     """
-    if by not in ("weights", "spectra", "schedule", "uniform"):
-        raise UserError(
-            f"`--by` is weights, spectra, schedule or uniform: got {by}; type `--by weights`"
-        )
+    if by not in ("loss", "spectra", "schedule", "uniform"):
+        raise UserError(f"`--by` is loss, spectra, schedule or uniform: got {by}; type `--by loss`")
     if not 0 < budget <= 1:
         raise UserError(f"`--budget` is a share in (0, 1]: got {budget}; type `--budget 0.5`")
     prepare(1)

@@ -1,7 +1,7 @@
 """Compression of trained attention: what the heads of every layer need, measured, and layers of lower rank.
 
     spectra(model, tokens)         the data-weighted spectrum of every head, as :class:`~cem.allocation.Heads`
-    layer_weights(model, tokens)   what losing a unit of it costs, layer by layer, in nats
+    losses(model, tokens, others)  the same heads with what each rank is worth to the predictions, in nats, when fitted
     compress(layer, ranks, seen)   a layer of lower rank, cut and then fitted to what the layer did, and a
                                    :class:`Truncation` that says what that changes
     compress_model(model, plan, tokens)
@@ -18,9 +18,9 @@ same matrices are cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ..allocation import Plan
 from ..allotment import Heads
 from ..layer import EnergyLayer
 from .attention import LowRankAttention as LowRankAttention
+from .curves import measured, worth
 from .fitting import fitted
 from .forms import Forms, Inputs, is_attention, read
 from .groups import of_groups as of_groups
@@ -128,9 +129,7 @@ def compress(
         )
     causal = getattr(layer, "causal", True)
     seen = None if calibration is None else _inputs(calibration, causal)
-    found = cut(forms, ranks, seen, together=together)
-    if seen is not None and forms.alone:
-        found = fitted(forms, found, seen, steps)
+    found = _reduced(forms, ranks, seen, together, steps)
     after = found.padded(forms)
     made = rebuilt(layer, forms, found)
     table = gains(forms, seen, together=together)
@@ -149,6 +148,14 @@ def compress(
         after,
     )
     return made, done
+
+
+def _reduced(
+    forms: Forms, ranks: tuple[int, ...], seen: Inputs | None, together: bool, steps: int
+) -> Cut:
+    """The cut, and fitted where that can be."""
+    found = cut(forms, ranks, seen, together=together)
+    return fitted(forms, found, seen, steps) if seen is not None and forms.alone else found
 
 
 # -- whole models -----------------------------------------------------------------------------------------------
@@ -242,43 +249,50 @@ def _heads(name: str, forms: Forms, seen: Inputs | None, together: bool = False)
 
 
 @torch.no_grad()
-def layer_weights(
-    model: nn.Module,
-    tokens: Tensor,
-    *,
-    rank: int = 4,
-    loss: Callable[[nn.Module], float] | None = None,
-) -> list[float]:
-    """What losing a unit of score variance costs in each layer: one at a time is cut to a low rank and fitted.
+def losses(
+    model: nn.Module, tokens: Tensor, others: Tensor, *, together: bool = False, steps: int = 40
+) -> list[Heads]:
+    """The heads of every attention layer with what each step of their rank is worth to the model, in nats a token.
 
-        w_l = (loss with layer l cut - loss) / (gain that the cut loses),   at least 1e-4 of the largest
+    One head at a time is cut and fitted as :func:`compress` does it, at a few ranks, and the whole model is asked what
+    it then says of other text:
+
+        L(r) = mean_t KL(P_t | P'_t),      P_t the probabilities of the next token,
+
+    which is what the loss rises by where P is right, and never negative. Gains are the falls of L, made convex
+    (:mod:`cem.compression.curves`). A head takes five fits, of it alone, and six passes over ``others``.
 
     Args:
         model: as in :func:`spectra`.
-        tokens: calibration text, (B, T).
-        rank: that every head of the layer is cut to.
-        loss: of a model, in nats; by default the mean cross entropy of the tokens.
+        tokens: calibration text, (B, T), that the cuts are fitted to.
+        others: text to measure on that no cut was fitted to, (B, T). Its predictions are held, B T vocabulary numbers.
+        together: as in :func:`spectra`.
+        steps: of the fit, as of :func:`compress`; 0 measures the cut alone.
 
     Raises:
-        ValueError: as :func:`spectra`, or a rank that is not below the full one.
+        ValueError: as :func:`spectra`.
     """
-    seen = inputs_of(model, tokens)
-    loss = loss or (lambda model: cross_entropy(model, tokens))
-    before, found = loss(model), []
-    for name, module in attentions(model).items():
-        forms = read(module)
-        low = rank // forms.step * forms.step
-        if not 0 < low < forms.rank:
-            raise ValueError(
-                f"layer `{name}` is cut to a rank below its own, {forms.rank}: got {rank}; type"
-                f" `rank={max(forms.step, forms.rank // 8 // forms.step * forms.step)}`"
-            )
-        small, done = compress(module, low, seen[name])
-        lost = float(gains(forms, seen[name])[:, low // forms.step :].sum())
-        with replaced(model, {name: small}):
-            found.append((loss(model) - before) / max(lost, 1e-30))
-    floor = 1e-4 * max(found)
-    return [max(weight, floor, 0.0) for weight in found]
+    seen, layers, found = inputs_of(model, tokens), attentions(model), []
+    log_p = _predictions(model, others)
+    for heads in spectra(model, together=together):
+        module, name = layers[heads.name], heads.name
+        forms, ranks, rows = read(module), measured(heads.rank, heads.step), []
+        for head in range(heads.heads):
+            lost = []
+            for rank in ranks:
+                kept = tuple(rank if one == head else heads.rank for one in range(heads.heads))
+                one = _reduced(forms, kept, seen[name], together, steps)
+                with replaced(model, {name: rebuilt(module, forms, one)}):
+                    log_q = _predictions(model, others)
+                lost.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+            rows.append(worth(ranks, lost, heads.rank, heads.step))
+        found.append(replace(heads, gains=tuple(rows)))
+    return found
+
+
+def _predictions(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = _call(model, tokens).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -349,7 +363,7 @@ __all__ = [
     "compress_model",
     "cross_entropy",
     "inputs_of",
-    "layer_weights",
+    "losses",
     "of_groups",
     "power_law",
     "replaced",

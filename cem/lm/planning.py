@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from cem import rank_plots
 from cem.allocation import Heads, Plan, allocate, uniform
-from cem.compression import layer_weights, spectra
+from cem.compression import losses, spectra
 
 from .data import Data
 from .run import Run
 from .throughput import flops_per_token
 
-WAYS = ("weights", "spectra", "schedule", "uniform")
+WAYS = ("loss", "spectra", "schedule", "uniform")
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,32 @@ class Calibration:
 
     Attributes:
         train, held_out: tokens (B, T), of both sides of the data.
+        others: of the training side too, and not among ``train``.
         tokenizer: of the data.
     """
 
     train: Tensor
+    others: Tensor
     held_out: Tensor
     tokenizer: object
 
     @classmethod
     def of(
-        cls, folder: str | Path, source: str | None = None, windows: int = 32, *, seed: int = 0
+        cls,
+        folder: str | Path,
+        source: str | None = None,
+        windows: int = 32,
+        *,
+        held_out: int | None = None,
+        seed: int = 0,
     ) -> Calibration:
         """Of the data of the run in a folder, or of a source.
 
         Args:
             folder: of the model.
             source: as in :class:`cem.lm.Data`; the tokenizer is then the one in the folder.
-            windows: how many of each side, drawn from the seed.
+            windows: how many of each, drawn from the seed.
+            held_out: how many of the other side, where not as many.
 
         Raises:
             ValueError: neither a run nor a source.
@@ -60,11 +69,17 @@ class Calibration:
         prepared = data.prepare()
         chance = torch.Generator().manual_seed(seed)
 
-        def draw(side) -> Tensor:
-            order = torch.randperm(len(side), generator=chance)[:windows]
+        def draw(side, count: int) -> Tensor:
+            order = torch.randperm(len(side), generator=chance)[:count]
             return torch.stack([side[int(n)]["input_ids"] for n in order])
 
-        return cls(draw(prepared.train), draw(prepared.held_out), prepared.tokenizer)
+        if len(prepared.train) < 2:
+            raise ValueError(
+                f"the data of {folder} are fitted to and measured on different windows: got {len(prepared.train)} of"
+                " the training side; give more text"
+            )
+        train, others = draw(prepared.train, 2 * windows).chunk(2)
+        return cls(train, others, draw(prepared.held_out, held_out or windows), prepared.tokenizer)
 
 
 def plan_for(
@@ -72,23 +87,27 @@ def plan_for(
     text: Calibration,
     budget: float,
     *,
-    by: str = "weights",
+    by: str = "loss",
     cost: str = "parameters",
     groups: str = "head",
     multiple: int = 1,
+    steps: int = 40,
     layers: list[Heads] | None = None,
-    weights: list[float] | None = None,
 ) -> tuple[list[Heads], Plan]:
-    """The spectra of a model, and a plan by them.
+    """The heads of a model with their gains, and a plan by them.
 
     Args:
         model: a causal language model.
         text: to calibrate on.
         budget: as in :func:`cem.allocation.allocate`; so are ``cost``, ``groups`` and ``multiple``.
-        by: ``"weights"``, measured in the loss, ``"spectra"`` alone, ``"schedule"`` or ``"uniform"``.
-        layers, weights: where they were measured before.
+        by: ``"loss"`` (:func:`cem.compression.losses`), ``"spectra"``, ``"schedule"`` or ``"uniform"``.
+        steps: of the fit that the plan is made for.
+        layers: where they were measured before.
     """
-    layers = layers or spectra(model, text.train, together=groups == "layer")
+    together = groups == "layer"
+    if layers is None and by == "loss":
+        layers = losses(model, text.train, text.others, together=together, steps=steps)
+    layers = layers or spectra(model, text.train, together=together)
     options = {
         "cost": cost,
         "groups": groups,
@@ -100,10 +119,7 @@ def plan_for(
     if by == "schedule":
         bare = [replace(layer, gains=None) for layer in layers]
         return layers, allocate(budget, bare, **options)
-    if by == "weights" and weights is None:
-        weights = layer_weights(model, text.train)
-    weights = weights if by == "weights" else None
-    return layers, allocate(budget, layers, weights=weights, **options)
+    return layers, allocate(budget, layers, **options)
 
 
 def savings(model: PreTrainedModel, plan: Plan, text: Calibration) -> dict[str, float]:
@@ -136,7 +152,7 @@ def shares(model: PreTrainedModel, plan: Plan, text: Calibration) -> str:
 
 def pictures(layers: list[Heads], plan: Plan) -> dict[str, bytes]:
     """The pictures of a plan as PNG, by their name."""
-    return {"plan.png": png(plan.plot()), "spectra.png": png(rank_plots.spectra(layers))}
+    return {"plan.png": png(plan.plot()), "gains.png": png(rank_plots.gains(layers))}
 
 
 def png(ax) -> bytes:
