@@ -51,7 +51,7 @@ def test_the_export_command(command, tmp_path, monkeypatch):
     cem.lm.train(run, "run")
     code, said = command("export", "run", "alone")
     assert code == 0 and said.out == "wrote alone\n" and said.err == ""
-    assert "class PartlyTiedInteraction(nn.Module)" in Path("alone/modeling_cem.py").read_text(
+    assert "class LooselyTiedInteraction(nn.Module)" in Path("alone/modeling_cem.py").read_text(
         "utf-8"
     )
     assert Path("alone/tokenizer.json").is_file()

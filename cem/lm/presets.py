@@ -15,12 +15,16 @@ from .config import CEMConfig
 
 
 class Shape(NamedTuple):
-    """Depth, width and heads of a Llama model, and the vocabulary it is named for."""
+    """Depth, width and heads of a Llama model, and the vocabulary it is named for.
+
+    ``wide`` is the rank of a head with three matrices: about 4/3 of Llama's, which has four, and even.
+    """
 
     layers: int
     dim: int
     heads: int
     vocab: int
+    wide: int
 
     @property
     def hidden(self) -> int:
@@ -29,16 +33,22 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "tiny": Shape(4, 128, 4, 256),
-    "25m": Shape(7, 512, 8, 8192),
-    "124m": Shape(12, 768, 12, 50257),
-    "350m": Shape(24, 1024, 16, 50257),
+    "tiny": Shape(4, 128, 4, 256, 42),
+    "25m": Shape(7, 512, 8, 8192, 88),
+    "124m": Shape(12, 768, 12, 50257, 88),
+    "350m": Shape(24, 1024, 16, 50257, 88),
 }
 
 
 def _blocks(shape: Shape) -> dict[str, list[dict]]:
     rank, heads, hidden = shape.dim // shape.heads, shape.heads, shape.hidden
-    start = {"init": {"w": 0.0}}  # as Llama
+
+    def loose(heads: int) -> list[dict]:
+        start = {"init": {"w": 0.0}}  # as Llama
+        return [
+            {"energy": "loosely_tied_interaction", "heads": heads, "rank": shape.wide},
+            {"energy": "partly_tied_gated", "hidden": hidden} | start,
+        ]
 
     def tied(heads: int, hidden: int) -> list[dict]:
         return [
@@ -46,13 +56,9 @@ def _blocks(shape: Shape) -> dict[str, list[dict]]:
             {"energy": "gated_silu", "hidden": hidden},
         ]
 
-    partly = {"energy": "partly_tied_interaction", "heads": heads, "rank": rank, "copies": rank}
-    wide = 8 * round(rank / 6)  # 4/3 of the rank
-    lean = {"energy": "loosely_tied_interaction", "heads": heads // 2, "rank": wide}
-    mlp = {"energy": "partly_tied_gated", "hidden": hidden} | start
     return {
-        "": [partly | start, mlp],
-        "lean": [lean, mlp],
+        "": loose(heads),
+        "lean": loose(heads // 2),
         "tied": tied(2 * heads, 3 * hidden // 2),
         "half": tied(heads, hidden),
     }
@@ -63,11 +69,11 @@ def preset(name: str, *, vocab_size: int | None = None, **changes) -> PreTrained
 
     All have the same depth and width.
 
-    - ``SIZE`` has Llama's matrices and a learned share of the tied forces, from 0: ``partly_tied_interaction`` and
-      ``partly_tied_gated``. ``benchmarks/parity`` says why it is the default.
-    - ``lean-SIZE`` has about half of the parameters of Llama's attention, in half of its heads of 4/3 of the rank.
-      They write with their queries and have values of their own: the tie that ``benchmarks/studies`` found to cost
-      least.
+    - ``SIZE`` has about Llama's number of parameters. Its attention, ``loosely_tied_interaction``, has Llama's heads of
+      4/3 of the rank, which write with their queries and have values of their own: the tie that ``benchmarks/studies``
+      found to cost nothing. Its MLP, ``partly_tied_gated``, has Llama's matrices and a learned share of the tied
+      force, from 0.
+    - ``lean-SIZE`` has half of these heads, so half of the parameters of Llama's attention.
     - ``tied-SIZE`` has the parameters of ``llama-SIZE``, matrix for matrix: its tied attention has twice the heads
       (two matrices a head instead of four) and its gated MLP 3/2 of the hidden units (two matrices instead of three).
     - ``half-SIZE`` has Llama's heads and hidden units, so half of the parameters of its attention, half of its cache,
