@@ -140,6 +140,7 @@ def allocate(
             queries=layer.queries,
             uses=layer.uses,
             together=groups == "layer",
+            value_rank=layer.value_rank,
         )
         for layer, row in zip(layers, found, strict=True)
     )

@@ -9,25 +9,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 COSTS = ("rank", "parameters", "flops", "cache")
-USES = ("scores", "tied", "all")
+USES = ("scores", "tied", "values", "outputs", "all")
 
 
 def unit_cost(kind: str, context: int, dim: int, queries: int, uses: str) -> int:
     """The cost of one rank of one head.
 
-    A rank is a row of K and one of each query: dim (queries + 1) parameters; where ``uses`` is ``"all"`` also one of
-    the values and one of each output. Forward operations a token are 2 a parameter, and 2 ``context`` a query for its
-    score and, unless ``uses`` is ``"scores"``, 2 ``context`` for the average of the values. A decoder keeps the row
-    of K and that of V.
+    A rank is a row of K and one of each query: dim (queries + 1) parameters; where ``uses`` is ``"values"`` or
+    ``"all"`` also one of the values, where it is ``"outputs"`` or ``"all"`` also one of each output. Forward operations
+    a token are 2 a parameter, and 2 ``context`` a query for its score and, unless ``uses`` is ``"scores"``, 2
+    ``context`` for the average of the values. A decoder keeps the row of K and that of V.
 
     >>> unit_cost("parameters", 0, 64, 1, "tied"), unit_cost("flops", 128, 64, 1, "tied")
     (128, 768)
+    >>> [unit_cost("parameters", 0, 64, 1, uses) for uses in ("values", "outputs", "all")]
+    [192, 192, 256]
     """
-    both = 2 if uses == "all" else 1
-    parameters = both * dim * (queries + 1)
+    kept = 2 if uses in ("values", "all") else 1
+    written = 2 if uses in ("outputs", "all") else 1
+    parameters = dim * (written * queries + kept)
     products = queries * (1 if uses == "scores" else 2)
     flops = 2 * parameters + 2 * context * products
-    return {"rank": 1, "parameters": parameters, "flops": flops, "cache": both}[kind]
+    return {"rank": 1, "parameters": parameters, "flops": flops, "cache": kept}[kind]
 
 
 def groups_of(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -50,9 +53,11 @@ class Heads:
         heads: how many have a K of their own.
         rank: R of each.
         queries: how many share one K.
-        uses: what a rank takes part in: ``"scores"`` (Q and K), ``"tied"`` (the same matrices are values and
-            outputs), or ``"all"`` (Q, K, V and O).
+        uses: what has a row for each rank: ``"scores"`` (Q and K, which only score), ``"tied"`` (Q and K, which are
+            outputs and values too), ``"values"`` (Q, which writes, K and V), ``"outputs"`` (Q, K, which are the values,
+            and O), or ``"all"`` (Q, K, V and O).
         step: ranks come in steps of this many: 2 where pairs of coordinates turn together.
+        value_rank: of values and outputs that keep it while the ``rank`` of their energy falls, or None.
         gains: for every head what its first, second, ... step keeps, (heads, rank / step), or None.
 
     Raises:
@@ -67,6 +72,7 @@ class Heads:
     uses: str = "scores"
     step: int = 1
     gains: tuple[tuple[float, ...], ...] | None = None
+    value_rank: int | None = None
 
     def __post_init__(self):
         sizes = (self.dim, self.heads, self.rank, self.queries, self.step)
@@ -99,7 +105,7 @@ class LayerPlan:
     """The ranks that the heads of one layer keep.
 
     Attributes:
-        name, dim, queries, uses: as of :class:`Heads`.
+        name, dim, queries, uses, value_rank: as of :class:`Heads`.
         full_rank: of every head before.
         ranks: of every head; 0 is a head that goes.
         together: whether the heads were given one rank, so that they may share what they drop.
@@ -112,6 +118,7 @@ class LayerPlan:
     queries: int = 1
     uses: str = "scores"
     together: bool = False
+    value_rank: int | None = None
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -139,7 +146,8 @@ class LayerPlan:
                 f"{where} has {count} heads of rank {rank}: got a plan for {len(self.ranks)} of {self.full_rank};"
                 " make the plan for this model with `cem allocate`"
             )
-        own = {key: part.pop(key) for key in ("per_group", "copies") if key in part}
+        own = {} if self.value_rank is None else {"value_rank": self.value_rank}
+        own |= {key: part.pop(key) for key in ("per_group", "copies", "value_rank") if key in part}
         groups = []
         for heads, kept in self.groups:
             sizes = {counted: heads, "rank": kept} | own

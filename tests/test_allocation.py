@@ -171,7 +171,13 @@ def test_equal_gains_are_taken_in_order():
 
 @pytest.mark.parametrize(
     ("uses", "parameters", "flops", "cache"),
-    [("scores", 40, 80 + 14 * 3, 1), ("tied", 40, 80 + 28 * 3, 1), ("all", 80, 160 + 28 * 3, 2)],
+    [
+        ("scores", 40, 80 + 14 * 3, 1),
+        ("tied", 40, 80 + 28 * 3, 1),
+        ("values", 50, 100 + 28 * 3, 2),
+        ("outputs", 70, 140 + 28 * 3, 1),
+        ("all", 80, 160 + 28 * 3, 2),
+    ],
 )
 def test_what_a_rank_costs(uses, parameters, flops, cache):
     """K and three queries of width 10; 7 tokens in sight, one product of scores and one of values a query."""
@@ -300,7 +306,7 @@ def test_gains_of_some_layers_only_are_refused():
     [
         ({"rank": 3, "step": 2}, "a rank that is a multiple of `step`"),
         ({"heads": 0}, "sizes from 1"),
-        ({"uses": "values"}, "`uses` of scores, tied, all"),
+        ({"uses": "keys"}, "`uses` of scores, tied, values, outputs, all"),
         ({"gains": ((1.0,),)}, r"has 2 heads of 4 steps: got gains of 1 heads and \[1\] steps"),
         ({"gains": ((1.0, -1.0, 0.0, 0.0),) * 2}, "got one below 0 in layer `a`"),
     ],

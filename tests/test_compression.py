@@ -333,11 +333,6 @@ def test_ranks_that_cannot_be_are_refused(ranks, message):
     ("energy", "sizes", "message"),
     [
         ("normalised_interaction", {"heads": 2, "rank": 4}, "are not bilinear in Q h and K x"),
-        (
-            "loosely_tied_interaction",
-            {"heads": 2, "rank": 4},
-            "nor a Q that writes values of their own",
-        ),
         ("soft_capped_interaction", {"heads": 2, "rank": 4}, None),
         ("memory", {"hidden": 5}, "compression needs attention: got EnergyLayer"),
         ("gated_silu", {"hidden": 5}, "compression needs attention"),

@@ -12,8 +12,9 @@ rank. Heads of several ranks become a sum of energies, one for each rank, or :cl
 padded, except where the width of the state counts the heads (``diagonal_plus_low_rank``): there all heads get the
 room of the widest.
 
-Scores are truncated, values and outputs of four-matrix attention stay as they are. Where values are tied to keys, the
-same matrices are cut.
+Scores are truncated, values and outputs of four-matrix attention stay as they are. Where the matrices that score also
+average or write, the rows of all matrices that they meet are cut: of Q and K where both ties hold, of V too where Q
+writes values of its own, and of W too where averages of the keys are written by W (``loosely_tied_interaction_by``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..layer import EnergyLayer
 from .attention import LowRankAttention as LowRankAttention
 from .curves import measured, worth
 from .fitting import fitted
-from .forms import Forms, Inputs, is_attention, read
+from .forms import Forms, Inputs, is_attention, read, values_apart
 from .groups import of_groups as of_groups
 from .layers import described as described
 from .layers import rebuilt
@@ -48,8 +49,9 @@ class Truncation:
         ranks, full: of every head after, and before.
         operator: for every head (the largest over its queries) |W - W'| times the scale of the scores: no score moves
             by more than this times |x_t| |x_s|, with a rotation at any distance.
-        kept: the share of the data-weighted score variance that the cut keeps, by the spectrum and before the fit; of
-            tied values it is the mean square of the scores.
+        kept: the share of the gains (:mod:`cem.compression.truncation`) that the cut keeps, before the fit: of the
+            data-weighted score variance; of tied values of the mean square of the scores; with values or outputs that
+            are cut too, of that and the squared force.
         parameters: of the layer, before and after, as counted.
         calibrated: the bounds on the calibration data; None without data, or where scores have biases of position.
     """
@@ -74,7 +76,8 @@ class Truncation:
 
     def energy_bound(self, size: float, context: float) -> float:
         """How far the interaction energy of a token can move: the sum over heads of |W_a - W'_a| |h| max|x_s|."""
-        return float(operator_norms(self.forms, self.cut).sum()) * size * context / self.forms.scale
+        moved = operator_norms(self.forms, self.cut) / self.forms.scales[:, None]
+        return float(moved.sum()) * size * context
 
 
 def _inputs(seen: Inputs | Tensor, causal: bool = True) -> Inputs:
@@ -180,7 +183,8 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
 def inputs_of(model: nn.Module, tokens: Tensor) -> dict[str, Inputs]:
     """What every attention layer of a language model reads on tokens (B, T), as :func:`compress` takes it.
 
-    ``model(input_ids=tokens)`` is called once; each row is one text from its beginning.
+    ``model(input_ids=tokens)`` is called once; each row is one text from its beginning. Of a layer behind a router that
+    is given a context, it is the context.
     """
     found: dict[str, Inputs] = {}
     hooks = []
@@ -190,7 +194,8 @@ def inputs_of(model: nn.Module, tokens: Tensor) -> dict[str, Inputs]:
             h = args[0] if args else kwargs["hidden_states"]
             turns = kwargs.get("position_embeddings")
             if isinstance(module, EnergyLayer):
-                x, causal = module.norm(h), module.causal
+                context = kwargs.get("context")
+                x, causal = module.norm(h if context is None else context), module.causal
             else:
                 x, causal = h, True
                 if turns is not None:
@@ -229,12 +234,23 @@ def spectra(
     """
     seen = {} if tokens is None else inputs_of(model, tokens)
     return [
-        _heads(name, read(module), seen.get(name), together)
+        _heads(name, read(module), seen.get(name), together, _value_rank(module))
         for name, module in attentions(model).items()
     ]
 
 
-def _heads(name: str, forms: Forms, seen: Inputs | None, together: bool = False) -> Heads:
+def _value_rank(module: nn.Module) -> int | None:
+    apart = isinstance(module, EnergyLayer) and values_apart(module)
+    return module.V.shape[-2] if apart else None
+
+
+def _heads(
+    name: str,
+    forms: Forms,
+    seen: Inputs | None,
+    together: bool = False,
+    value_rank: int | None = None,
+) -> Heads:
     rows = gains(forms, seen, together=together).clamp(min=0).tolist()
     return Heads(
         name,
@@ -245,6 +261,7 @@ def _heads(name: str, forms: Forms, seen: Inputs | None, together: bool = False)
         uses=forms.uses,
         step=forms.step,
         gains=tuple(map(tuple, rows)),
+        value_rank=value_rank,
     )
 
 

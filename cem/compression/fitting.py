@@ -6,13 +6,15 @@ other frequencies. So the cut is the start of a descent, by L-BFGS, of
 
     J(Q', K', lam') = sum over heads of  mean_t KL(p_t | p'_t),        p_t = softmax_s(score_ts),
 
-in the coordinates where the second moment of what is read is the identity. Where the same matrices are values
-(``uses="tied"``) the force of a head counts as well,
+in the coordinates where the second moment of what is read is the identity. Where a row of the rank also averages or
+writes (all ``uses`` but ``"scores"``) the force u_t of a head counts as well (:mod:`cem.compression.forms`),
 
-    u_t = Q^T R_t^T sum_s p_ts R_s K x_s + lam sum_s p_ts x_s,         + mean_t |u_t - u'_t|^2 / mean_t |u_t|^2.
+    + mean_t |u_t - u'_t|^2 / mean_t |u_t|^2,
+
+and rows of V' and W' and shares w' are fitted beside those of Q' and K'.
 
 Frequencies and shapes stay, so the layer is one that the cut alone could have given. Rows of zeros stay zeros: the
-gradient of a row of Q' is a multiple of the same row of K', and the other way round.
+gradient of a row of Q' is a combination of the same rows of K' and V', and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .forms import Forms, Inputs, second_moment
-from .truncation import Cut, rows_of, supports
+from .truncation import Cut, supports
 
 SCORES = 1 << 20
 """Of one piece of the calibration data, so that a piece stays in the cache of a processor."""
@@ -42,9 +44,10 @@ def fitted(forms: Forms, found: Cut, seen: Inputs, steps: int) -> Cut:
     heads = [head for head, rank in enumerate(found.ranks) if 0 < rank < forms.rank]
     if not heads or not steps:
         return found
-    whole, start = (_short(one, heads) for one in (forms, found.padded(forms)))
+    whole, start = (one.each(lambda v: v[heads].float()) for one in (forms, found.padded(forms)))
     whiten, colour = (one.float() for one in _whitening(seen.with_one(forms.biased)))
-    unknowns = {"q": start.q @ colour, "k": start.k @ colour}
+    reading = {"q", "k", "values"}
+    unknowns = {n: v @ colour if n in reading else v.clone() for n, v in start.rows.items()}
     if start.diagonal is not None:
         unknowns["diagonal"] = start.diagonal  # zero where it has no support
         support = supports(forms)[heads].float()
@@ -52,7 +55,7 @@ def fitted(forms: Forms, found: Cut, seen: Inputs, steps: int) -> Cut:
         value.requires_grad_()
 
     def current() -> Forms:
-        now = {"q": unknowns["q"] @ whiten, "k": unknowns["k"] @ whiten}
+        now = {n: v @ whiten if n in reading else v for n, v in unknowns.items()}
         if start.diagonal is not None:
             now["diagonal"] = support * unknowns["diagonal"]
         return replace(start, **now)
@@ -74,7 +77,7 @@ def fitted(forms: Forms, found: Cut, seen: Inputs, steps: int) -> Cut:
         for piece, (p, force) in zip(pieces, wanted, strict=True):
             log_q, other = _said(current(), piece)
             lost = -(p * log_q).sum() / rows
-            if forms.uses == "tied":
+            if forms.uses != "scores":
                 lost = (
                     lost + ((force - other).square().sum((0, 2, 3)) / forces.clamp(min=1e-30)).sum()
                 )
@@ -89,12 +92,6 @@ def fitted(forms: Forms, found: Cut, seen: Inputs, steps: int) -> Cut:
     return _placed(forms, found, heads, current())
 
 
-def _short(forms: Forms, heads: list[int]) -> Forms:
-    """Some heads, in float32."""
-    diagonal = None if forms.diagonal is None else forms.diagonal[heads].float()
-    return replace(forms, q=forms.q[heads].float(), k=forms.k[heads].float(), diagonal=diagonal)
-
-
 def _whitening(x: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse root and the root of the second moment, directions of less than 1e-4 of the largest counting that."""
     values, vectors = torch.linalg.eigh(second_moment(x))
@@ -103,33 +100,22 @@ def _whitening(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _said(forms: Forms, seen: Inputs) -> tuple[Tensor, Tensor]:
-    """The logarithms of the weights (B, H, O, T, T), and the forces of the heads (B, H, T, W) where they are tied."""
-    q, k = forms.features(seen)
-    scores = forms.scale * (q @ k[:, :, None].mT)
-    if forms.diagonal is not None:
-        x = seen.x
-        turned = torch.einsum("btw,hw->bhtw", x, forms.diagonal)
-        scores = scores + forms.scale * (turned @ x[:, None].mT)[:, :, None]
-    scores = scores + HIDDEN * (~seen.visible()).to(scores)
-    log_p = scores.log_softmax(-1)
-    if forms.uses != "tied":
+    """The logarithms of the weights (B, H, O, T, T), and the forces of the heads (B, H, T, W) where the rank writes."""
+    scores = forms.scores(seen)
+    log_p = (scores + HIDDEN * (~seen.visible()).to(scores)).log_softmax(-1)
+    if forms.uses == "scores":
         return log_p, log_p.new_zeros(1, len(forms.k), 1, 1)
-    p = log_p.exp()
-    force = torch.einsum("bhotr,horw->bhtw", forms.back(p @ k[:, :, None], seen), forms.q)
-    if forms.diagonal is not None:
-        mean = p.sum(2) @ seen.x[:, None]
-        force = force + forms.diagonal[:, None] * mean
-    return log_p, force
+    return log_p, forms.forces(log_p.exp(), seen)
 
 
 def _placed(forms: Forms, found: Cut, heads: list[int], now: Forms) -> Cut:
     """The cut with these values for some heads."""
-    q, k = list(found.q), list(found.k)
+    placed = {name: list(rows) for name, rows in found.rows.items()}
     diagonal = None if found.diagonal is None else found.diagonal.clone()
     for n, head in enumerate(heads):
-        kept = found.kept
-        rows = torch.arange(found.ranks[head]) if kept is None else rows_of(forms, kept[head])
-        q[head], k[head] = (one[n].detach().double()[..., rows, :] for one in (now.q, now.k))
+        for name, rows in placed.items():
+            fitted = getattr(now, name)[n].detach().double()
+            rows[head] = fitted[..., found.places(forms, head), :]
         if diagonal is not None:
             diagonal[head] = now.diagonal[n].detach().double()
-    return replace(found, q=tuple(q), k=tuple(k), diagonal=diagonal)
+    return replace(found, **{n: tuple(rows) for n, rows in placed.items()}, diagonal=diagonal)

@@ -2,27 +2,39 @@
 
 The score of query o of head a, token t, with token s is
 
-    scale * ( (R_t Q_ao x_t) . (R_s K_a x_s) + x_t . diag(lam_a) x_s )
+    score_ts = scale_a * ( (R_t Q_ao x_t) . (R_s K_a x_s) + x_t . diag(lam_a) x_s )
 
 Q: (heads, queries, rank, width), K: (heads, rank, width). R_t turns pairs of coordinates, or is absent. Biases of the
-projections are the last column of Q and K, and the last entry of x is then 1.
+projections are the last column of Q and K, and the last entry of x is then 1. The force of a head, where its rank
+takes part in it, is
+
+    u_t = sum_o W_ao^T ( w_a * R_t^T sum_s p_ts R_s V_a x_s ) + lam_a sum_s p_ts x_s,       p_t = softmax_s(score_ts)
+
+with W = Q, V = K and w = 1 unless the layer has others: W as Q, V as K, w (heads, rank).
 
 Legend: B batch, T tokens, H heads, O queries of a head, R rank, W width, P rotated pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..language.positions import POSITIONS, Lookup, Rope
+from ..language.symbols import size_of
 from ..language.words import only
 from ..layer import EnergyLayer
 from .attention import LowRankAttention, projections
+from .checks import check_bilinear, check_matrices
 from .groups import head_sizes
+
+ROWS = ("q", "k", "values", "outputs", "shares")
+"""What may have a row for each coordinate of the rank, in the last axis but one: such rows stay and go together."""
+FIELDS = {"Q": "q", "K": "k", "V": "values", "W": "outputs", "w": "shares"}
+"""The parameters of an energy and the fields of its forms that hold them."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Forms:
 
     Attributes:
         q, k: (H, O, R, W) and (H, R, W).
-        scale: of the scores.
+        scale: of the scores of all heads.
         pairs: (P, 2), which coordinates of the rank turn together, or None where nothing turns.
         frequencies: of the pairs, or None where the layer is given its angles.
         diagonal: lam (H, W), or None.
@@ -39,6 +51,10 @@ class Forms:
         uses: what a rank takes part in, as in :class:`cem.allocation.Heads`.
         blocked: whether the diagonal of a head is zero outside its own block of coordinates.
         alone: whether the scores are those forms and nothing else: no bias by position, no window.
+        values: V (H, R, W), or None where the keys are averaged, or where V keeps its rank.
+        outputs: W (H, O, R, W), or None where the queries write, or where W keeps its rank.
+        shares: w (H, R, 1), (H, 1, 1) where it is one number a head, or None.
+        sharpness: (H,), factors on ``scale``, or None.
     """
 
     q: Tensor
@@ -51,6 +67,10 @@ class Forms:
     uses: str = "scores"
     blocked: bool = False
     alone: bool = True
+    values: Tensor | None = None
+    outputs: Tensor | None = None
+    shares: Tensor | None = None
+    sharpness: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -61,17 +81,61 @@ class Forms:
         """Ranks come in steps of this many."""
         return 1 if self.pairs is None else 2
 
+    @property
+    def scales(self) -> Tensor:
+        """The scale of the scores of every head, (H,)."""
+        one = self.k.new_full((len(self.k),), self.scale)
+        return one if self.sharpness is None else one * self.sharpness
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The fields of ``ROWS`` that have a row for each coordinate."""
+        found = {name: getattr(self, name) for name in ROWS}
+        return {n: v for n, v in found.items() if v is not None and v.shape[-2] == self.rank}
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Forms:
+        """The same with every tensor that has an axis of heads changed."""
+        found = {name: getattr(self, name) for name in (*ROWS, "sharpness", "diagonal")}
+        return replace(self, **{n: change(v) for n, v in found.items() if v is not None})
+
     def features(self, seen: Inputs) -> tuple[Tensor, Tensor]:
         """Queries (B, H, O, T, R) and keys (B, H, T, R), turned."""
         x = seen.with_one(self.biased)
         q = torch.einsum("horw,btw->bhotr", self.q, x)
-        k = torch.einsum("hrw,btw->bhtr", self.k, x)
+        if self.pairs is not None:
+            cos, sin = self.turns(seen)
+            q = _turned(q, self.pairs, cos[:, None, None], sin[:, None, None])
+        return q, self._of_context(self.k, seen)
+
+    def _of_context(self, rows: Tensor, seen: Inputs) -> Tensor:
+        found = torch.einsum("hrw,btw->bhtr", rows, seen.with_one(self.biased))
         if self.pairs is None:
-            return q, k
+            return found
         cos, sin = self.turns(seen)
-        return _turned(q, self.pairs, cos[:, None, None], sin[:, None, None]), _turned(
-            k, self.pairs, cos[:, None], sin[:, None]
-        )
+        return _turned(found, self.pairs, cos[:, None], sin[:, None])
+
+    def averages(self, p: Tensor, seen: Inputs) -> Tensor:
+        """What the heads write with W: w * R_t^T sum_s p_ts R_s V x_s, (B, H, O, T, R), for weights (B, H, O, T, T)."""
+        value = self._of_context(self.k if self.values is None else self.values, seen)
+        found = self.back(p @ value[:, :, None], seen)
+        return found if self.shares is None else found * self.shares[:, None].mT
+
+    @property
+    def averages_keys(self) -> bool:
+        """Whether the keys are values, so that their mean counts."""
+        return self.uses in ("tied", "outputs")
+
+    @property
+    def writing(self) -> Tensor:
+        """W (H, O, R, W)."""
+        return self.q if self.outputs is None else self.outputs
+
+    def forces(self, p: Tensor, seen: Inputs) -> Tensor:
+        """The forces of the heads (B, H, T, W), see the docstring of this module, for weights (B, H, O, T, T)."""
+        found = torch.einsum("bhotr,horw->bhtw", self.averages(p, seen), self.writing)
+        if self.diagonal is None:
+            return found
+        return found + self.diagonal[:, None] * (p.sum(2) @ seen.x[:, None])
 
     def back(self, value: Tensor, seen: Inputs) -> Tensor:
         """Averages of turned keys (B, H, O, T, R), turned back by the positions of their queries."""
@@ -91,11 +155,12 @@ class Forms:
     def scores(self, seen: Inputs) -> Tensor:
         """The scores of every token with every other, (B, H, O, T, T)."""
         q, k = self.features(seen)
-        found = torch.einsum("bhotr,bhsr->bhots", q, k)
+        found = q @ k[:, :, None].mT
         if self.diagonal is not None:
             x = seen.x
-            found = found + torch.einsum("btw,hw,bsw->bhts", x, self.diagonal, x)[:, :, None]
-        return self.scale * found
+            turned = torch.einsum("btw,hw->bhtw", x, self.diagonal)
+            found = found + (turned @ x[:, None].mT)[:, :, None]
+        return self.scales[:, None, None, None] * found
 
 
 @dataclass(frozen=True)
@@ -194,7 +259,7 @@ def _of_energy(layer: EnergyLayer) -> Forms:
     heads, rank = head_sizes(energy)
     Q, K = layer.Q.detach().double().cpu(), layer.K.detach().double().cpu()
     q = Q[:, None] if Q.dim() == 3 else Q
-    ropes = energy.expression.atoms(Rope)
+    ropes = [one for one in energy.expression.atoms(Rope) if size_of(one.index) == rank]
     pairs = frequencies = None
     if ropes:
         tables = {rope.frequencies(K.shape[1]) for rope in ropes}
@@ -205,20 +270,41 @@ def _of_energy(layer: EnergyLayer) -> Forms:
             )
         (frequencies,) = tables
         pairs = _pairs(K.shape[1], next(iter(ropes)).interleaved)
-    _check_bilinear(layer, pairs)
     others = {
-        str(p.name) for p in energy.parameters if {heads, rank} & set(p.shape) or _counts(p, heads)
+        str(p.name): p.shape
+        for p in energy.parameters
+        if {heads, rank} & set(p.shape) or _counts(p, heads)
     }
+    own = tuple(n for n in "VW" if n in others and rank in others[n])
+    uses = "scores"
+    if {*others} <= {"Q", "K", "lam", "w", "log_beta", *own}:
+        uses = {(): "tied", ("V",): "values", ("W",): "outputs"}.get(own, "scores")
+    check_bilinear(layer, pairs, uses)
     lam, blocked = None, False
     if "lam" in others:
         lam = layer.lam.detach().double().cpu()
         blocked = lam.shape[1] != layer.dim
         lam = torch.block_diag(*lam) if blocked else lam
-    uses = "tied" if others <= {"Q", "K", "lam"} else "scores"
+    found = {}
+    if "log_beta" in others:
+        found["sharpness"] = layer.log_beta.detach().double().cpu().exp()
+    if uses != "scores":
+        for name in {"V", "W", "w"} & {*others}:
+            value = getattr(layer, name).detach().double().cpu()
+            if name == "w":
+                value = value[:, None, None] if value.dim() == 1 else value[..., None]
+            elif name == "W" and value.dim() == 3:
+                value = value[:, None]
+            found[FIELDS[name]] = value
     beta = layer.scalars.get("beta", 1.0)
-    return Forms(
-        q, K, beta, pairs, frequencies, lam, uses=uses, blocked=blocked, alone=_is_alone(energy)
-    )
+    found |= {"uses": uses, "blocked": blocked, "alone": _is_alone(energy)}
+    forms = Forms(q, K, beta, pairs, frequencies, lam, **found)
+    if "shares" in forms.rows and pairs is None:
+        raise ValueError(
+            f"energy `{energy.name}` weighs every coordinate of its rank, so only those that turn in pairs can be cut:"
+            " got shares w (heads, rank) without a rotation; give one share a head, w (heads,)"
+        )
+    return forms
 
 
 def _is_alone(energy) -> bool:
@@ -232,34 +318,12 @@ def _counts(parameter, heads) -> bool:
     return any(heads in size.free_symbols for size in parameter.shape[:1])
 
 
-def _check_bilinear(layer: EnergyLayer, pairs: Tensor | None) -> None:
-    """Q -> A Q, K -> A^-T K must change nothing, where A commutes with the rotation."""
-    generator = torch.Generator().manual_seed(0)
-    Q, K = layer.Q.detach(), layer.K.detach()
-    count, rank = K.shape[:2]
-    sizes = 0.5 + torch.rand(count, rank, generator=generator)
-    if pairs is not None:
-        sizes[:, pairs[:, 1]] = sizes[:, pairs[:, 0]]
-    sizes = sizes.to(Q)
-    moved = {
-        "Q": Q * sizes.view(count, *[1] * (Q.dim() - 3), rank, 1),
-        "K": K / sizes[..., None],
-    }
-    h = torch.randn(1, 4, layer.dim, generator=generator).to(Q)
-    with torch.no_grad():
-        before, after = layer(h), functional_call(layer, moved, (h,))
-    if not _alike(before, after, (before - h).abs().max()):
-        raise ValueError(
-            f"the scores of energy `{layer.energy_function.name}` are not bilinear in Q h and K x, so their rank is"
-            " not a number of coordinates: got another layer when one grew and the other shrank; normalised and capped"
-            " scores cannot be cut, nor a Q that writes values of their own"
-        )
-
-
-def _alike(one: Tensor, other: Tensor, size: Tensor) -> bool:
-    """Whether two outputs differ by rounding only; another map differs by a good part of its size."""
-    share = 1e-3 if torch.finfo(one.dtype).eps < 1e-5 else 5e-2
-    return bool((one - other).abs().max() <= share * size + 1e-9)
+def values_apart(layer: EnergyLayer) -> bool:
+    """Whether values and outputs have matrices of their own, with the rank of the queries: they keep it."""
+    _, rank = head_sizes(layer.energy_function)
+    return 2 == sum(
+        str(p.name) in "VW" and rank in p.shape for p in layer.energy_function.parameters
+    )
 
 
 def _pairs(rank: int, interleaved: bool) -> Tensor:
@@ -278,7 +342,7 @@ def _of_matrices(module: nn.Module) -> Forms:
         k = torch.cat([k, _bias(k_proj, k.shape[:2])], -1)
     turns = hasattr(module, "q_proj")
     forms = Forms(q, k, module.scaling, _pairs(rank, False) if turns else None, biased=biased)
-    _check_matrices(module, forms)
+    check_matrices(module, forms)
     return forms
 
 
@@ -290,31 +354,3 @@ def _bias(linear: nn.Linear, shape) -> Tensor:
     if linear.bias is None:
         return torch.zeros(*shape, 1, dtype=torch.float64)
     return linear.bias.detach().double().cpu().view(*shape, 1)
-
-
-def _check_matrices(module: nn.Module, forms: Forms) -> None:
-    """The module must compute what our form of it does, on random states turned by random angles."""
-    generator = torch.Generator().manual_seed(0)
-    weight = projections(module)[0].weight
-    h = torch.randn(1, 4, weight.shape[1], generator=generator).to(weight)
-    mask = torch.full((4, 4), float("-inf")).triu(1).to(weight)[None, None]
-    given, planes = {"attention_mask": mask}, None
-    if forms.pairs is not None:
-        angles = torch.randn(1, 4, forms.rank // 2, generator=generator).to(weight).repeat(1, 1, 2)
-        given["position_embeddings"] = (angles.cos(), angles.sin())
-        planes = [range(forms.rank // 2)] * len(forms.k)
-    ranks = [forms.rank] * len(forms.k)
-    same = LowRankAttention.like(module, ranks, planes).fill(forms.q, forms.k).eval()
-    training = module.training
-    with torch.no_grad():
-        found, problem = same(h, **given)[0], "another output"
-        try:
-            wanted = module.eval()(h, **given)[0]
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            wanted, problem = torch.full_like(found, torch.nan), str(error)
-    module.train(training)
-    if not _alike(wanted, found, found.abs().max()):
-        raise ValueError(
-            f"`{type(module).__name__}` is not attention as in Llama or GPT-2, softmax of q . k with half-split"
-            f" rotation or none and without a norm of queries and keys: got {problem}; only such attention can be cut"
-        )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sympy import Add, Expr, Float, Symbol
+from sympy import Add, Expr, Float, Sum, Symbol
 
 from ..energy import Energy
 from ..language.conversion import as_expression
 from ..language.positions import Rope
-from ..language.symbols import Dim, Parameter, Scalar
+from ..language.symbols import Dim, Parameter, Scalar, size_of
 
 
 def head_sizes(energy: Energy) -> tuple[Dim, Dim]:
@@ -39,6 +39,37 @@ def is_bound(energy: Energy) -> bool:
     return bool({heads, rank} & energy.width.free_symbols)
 
 
+def with_values_apart(energy: Energy) -> Energy:
+    """The energy with a size ``value_rank`` for all that has the rank of Q and K and does not meet them: V, W, shares.
+
+    Nothing else changes, so with ``value_rank`` = ``rank`` it is the same energy.
+
+    Raises:
+        ValueError: as :func:`head_sizes`, or all that has that rank meets Q or K.
+
+    >>> from cem.energies import loosely_tied_interaction_by
+    >>> apart = with_values_apart(loosely_tied_interaction_by(outputs="own", values="own"))
+    >>> [f"{p.name}{p.shape}" for p in apart.parameters][1:3]
+    ['Q(heads, rank, dim)', 'V(heads, value_rank, dim)']
+    """
+    _, rank = head_sizes(energy)
+    apart, swap = Dim("value_rank"), {}
+    for total in energy.expression.atoms(Sum):
+        inside = total.atoms(Parameter)
+        if rank in map(size_of, total.variables) and not {"Q", "K"} & {str(p.name) for p in inside}:
+            sizes: dict = {rank: apart}
+            for base in inside:
+                shape = tuple(size.xreplace(sizes) for size in base.shape)
+                sizes[base] = Parameter(base.label, shape=shape)
+            swap[total] = total.xreplace(sizes)
+    if not swap:
+        raise ValueError(
+            f"energy `{energy.name}` has no values and outputs of rank `{rank}` that do not meet Q or K: got"
+            f" {', '.join(f'{p.name} {tuple(p.shape)}' for p in energy.parameters)}; leave `value_rank` out"
+        )
+    return Energy(energy.expression.xreplace(swap), name=energy.name)
+
+
 def of_groups(
     energy: Energy,
     count: int,
@@ -54,7 +85,7 @@ def of_groups(
     Args:
         energy: with Q and K.
         count: of groups.
-        frequencies: of the rotation of each group, one a pair of its coordinates.
+        frequencies: of the rotation of the rank of each group, one a pair of its coordinates.
         scalars: values that all groups share; without them each group has scalars of its own, such as ``beta_0``, whose
             defaults follow its own sizes.
         name: of the sum.
@@ -88,14 +119,15 @@ def of_groups(
     for n in range(count):
         term = Add(*with_heads)
         if frequencies is not None and frequencies[n] is not None:
-            term = _turned_at(term, frequencies[n])
+            term = _turned_at(term, frequencies[n], rank)
         found.append(term if count == 1 else _suffixed(term, f"_{n}", per_head, sizes, scalars))
     return Energy(Add(*found), name=name or energy.name)
 
 
-def _turned_at(term: Expr, frequencies: Sequence[float]) -> Expr:
+def _turned_at(term: Expr, frequencies: Sequence[float], rank: Dim) -> Expr:
     rates = tuple(Float(float(w)) for w in frequencies)
-    swap = {rope: Rope(*rope.args[:6], *rates) for rope in term.atoms(Rope)}
+    turning = (rope for rope in term.atoms(Rope) if size_of(rope.index) == rank)
+    swap = {rope: Rope(*rope.args[:6], *rates) for rope in turning}
     return term.xreplace(swap)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..energy import Energy
 from ..layer import EnergyLayer, derive
 from .attention import LowRankAttention
-from .forms import Forms
-from .groups import head_sizes, is_bound, of_groups
+from .forms import FIELDS, Forms, values_apart
+from .groups import head_sizes, is_bound, of_groups, with_values_apart
 from .truncation import Cut, rows_of
 
 
@@ -29,6 +29,8 @@ def _energy_layer(layer: EnergyLayer, forms: Forms, found: Cut) -> EnergyLayer:
     energy = layer.energy_function
     heads, rank = head_sizes(energy)
     found = _with_room(found, forms, is_bound(energy))
+    if values_apart(layer):
+        energy = with_values_apart(energy)
     acts = forms.uses == "scores" or forms.diagonal is not None
     groups: dict[tuple, list[int]] = {}
     for head, size in enumerate(found.ranks):
@@ -54,12 +56,13 @@ def _energy_layer(layer: EnergyLayer, forms: Forms, found: Cut) -> EnergyLayer:
     for n, ((size, _), row) in enumerate(members):
         suffix = f"_{n}" if len(members) > 1 else ""
         sizes |= {f"{heads}{suffix}": len(row), f"{rank}{suffix}": size}
-        q, k = _stacked(found, forms, row, size)
+        stacked = _stacked(found, forms, row, size)
         for parameter in energy.parameters:
             name = str(parameter.name)
             own = parameter.shape[0].has(heads) or parameter.shape[0] == rank
-            if name in ("Q", "K"):
-                value = (q[:, 0] if values["Q"].dim() == 3 else q) if name == "Q" else k
+            if rank in parameter.shape and FIELDS.get(name) in stacked:
+                value = stacked[FIELDS[name]].reshape(len(row), *values[name].shape[1:-2], size, -1)
+                value = value.flatten(-2) if parameter.shape[-1] == rank else value
             elif own:
                 value = values[name][row]
             else:
@@ -80,14 +83,12 @@ def _with_room(found: Cut, forms: Forms, bound: bool) -> Cut:
     """The cut with one rank for all heads where the energy has no room for several: zeros fill the others up."""
     if not bound or len({*(found.kept or found.ranks)}) == 1:
         return found
-    full = found.padded(forms)
-    if found.kept is None:
-        width = max(found.ranks)
-        return Cut(tuple(full.q[:, :, :width]), tuple(full.k[:, :width]), None, found.diagonal)
-    union = tuple(sorted(set().union(*found.kept)))
-    rows = rows_of(forms, union)
-    q, k = tuple(full.q[:, :, rows]), tuple(full.k[:, rows])
-    return Cut(q, k, (union,) * len(k), found.diagonal)
+    kept, rows = None, torch.arange(max(found.ranks))
+    if found.kept is not None:
+        union = tuple(sorted(set().union(*found.kept)))
+        kept, rows = (union,) * len(found.k), rows_of(forms, union)
+    full = {n: tuple(v[..., rows, :]) for n, v in found.padded(forms).rows.items()}
+    return Cut(**full, kept=kept, diagonal=found.diagonal)
 
 
 def _with_empty(groups, forms: Forms, acts: bool) -> list[tuple[tuple, list[int]]]:
@@ -104,11 +105,12 @@ def _with_empty(groups, forms: Forms, acts: bool) -> list[tuple[tuple, list[int]
     return sorted(found.items(), key=lambda item: (-item[0][0], item[1]))
 
 
-def _stacked(found: Cut, forms: Forms, row: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """Q (heads, queries, size, W) and K (heads, size, W) of some heads; zeros where a head has less."""
-    queries, width = forms.q.shape[1], forms.q.shape[3]
-    q = forms.q.new_zeros(len(row), queries, size, width)
-    k = forms.k.new_zeros(len(row), size, width)
+def _stacked(found: Cut, forms: Forms, row: Sequence[int], size: int) -> dict[str, Tensor]:
+    """Q (heads, queries, size, W), K (heads, size, W) and so on, of some heads; zeros where a head has less."""
+    made = {
+        name: value.new_zeros(len(row), *value.shape[1:-2], size, value.shape[-1])
+        for name, value in forms.rows.items()
+    }
     for n, head in enumerate(row):
         rank = len(found.k[head])
         order = torch.arange(rank)
@@ -117,8 +119,9 @@ def _stacked(found: Cut, forms: Forms, row: Sequence[int], size: int) -> tuple[T
             local = torch.arange(size // 2)
             order = 2 * local if _interleaved(forms) else local
             order = torch.cat([order, order + (1 if _interleaved(forms) else size // 2)])
-        q[n][:, order], k[n][order] = found.q[head], found.k[head]
-    return q, k
+        for name, rows in found.rows.items():
+            made[name][n][..., order, :] = rows[head]
+    return made
 
 
 def _interleaved(forms: Forms) -> bool:

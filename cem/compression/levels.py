@@ -96,12 +96,12 @@ def operator_norms(forms: Forms, after: Forms | None = None) -> Tensor:
         other = 0.0 if after is None else after.diagonal
         diagonal = (forms.diagonal - other).abs().amax(1)[:, None]
     if forms.pairs is not None:
-        return forms.scale * (_pair_norms(forms, after).sum(-1) + diagonal)
+        return forms.scales[:, None] * (_pair_norms(forms, after).sum(-1) + diagonal)
     q, k = forms.q, forms.k
     if after is not None:
         q = torch.cat([q, -after.q], 2)
         k = torch.cat([k, after.k], 1)
-    return forms.scale * (_product_norm(q, k[:, None]) + diagonal)
+    return forms.scales[:, None] * (_product_norm(q, k[:, None]) + diagonal)
 
 
 def _pair_norms(forms: Forms, after: Forms | None) -> Tensor:

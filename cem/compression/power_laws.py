@@ -99,7 +99,7 @@ def saturation(
     asked = torch.randn(queries, width, generator=chance, dtype=torch.float64)
 
     def scores(one: Forms) -> torch.Tensor:
-        return one.scale * (asked @ one.q[0, 0].T) @ (x @ one.k[0].T).T
+        return one.scales[0] * (asked @ one.q[0, 0].T) @ (x @ one.k[0].T).T
 
     whole = scores(forms)
     tv: dict[int, dict[int, float]] = {length: {} for length in lengths}

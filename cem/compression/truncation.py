@@ -18,7 +18,10 @@ turned, centred keys.
 
 A diagonal beside the form takes up what it can of what went.
 
-Where values are tied to keys (``uses="tied"``) the mean of the keys does count, so there the moment is not centred.
+Where keys are values (``uses="tied"`` and ``"outputs"``) their mean does count, so there the moment is not centred.
+Where values or outputs have rows of their own that go with those of Q and K (``"values"``, ``"outputs"``), the gain of
+a pair is what the fit would lose, to leading order, if this pair alone went: half the variance of its scores under the
+weights, and the share of the squared force that it writes. Without a rotation the basis of those rows follows Q and K.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .forms import Forms, Inputs, centred_moment, second_moment
+from .forms import ROWS, Forms, Inputs, centred_moment, second_moment
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Cut:
 
     Attributes:
         q, k: for every head (O, r, W) and (r, W).
+        values, outputs, shares: likewise (r, W), (O, r, W) and (r, 1), or None where the forms have no such rows.
         kept: for every head the pairs that stay, by their number, or None where nothing turns.
         diagonal: lam, refitted; (H, W) or None. With a rotation and without data it stays as it is.
     """
@@ -45,6 +49,9 @@ class Cut:
     k: tuple[Tensor, ...]
     kept: tuple[tuple[int, ...], ...] | None
     diagonal: Tensor | None
+    values: tuple[Tensor, ...] | None = None
+    outputs: tuple[Tensor, ...] | None = None
+    shares: tuple[Tensor, ...] | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -52,11 +59,23 @@ class Cut:
 
     def padded(self, forms: Forms) -> Forms:
         """The same as forms of the old rank, with zeros in place of what went."""
-        q, k = torch.zeros_like(forms.q), torch.zeros_like(forms.k)
-        for a, rank in enumerate(self.ranks):
-            rows = torch.arange(rank) if self.kept is None else rows_of(forms, self.kept[a])
-            q[a, :, rows], k[a, rows] = self.q[a], self.k[a]
-        return replace(forms, q=q, k=k, diagonal=self.diagonal)
+        found = {name: torch.zeros_like(value) for name, value in forms.rows.items()}
+        for name, rows in self.rows.items():
+            for a, row in enumerate(rows):
+                found[name][a][..., self.places(forms, a), :] = row
+        return replace(forms, **found, diagonal=self.diagonal)
+
+    @property
+    def rows(self) -> dict[str, tuple[Tensor, ...]]:
+        """The fields with rows for coordinates of the rank."""
+        found = {name: getattr(self, name) for name in ROWS}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def places(self, forms: Forms, head: int) -> Tensor:
+        """Where the rows of a head stand among those of the full rank."""
+        if self.kept is None:
+            return torch.arange(self.ranks[head])
+        return rows_of(forms, self.kept[head])
 
 
 def rows_of(forms: Forms, kept) -> Tensor:
@@ -71,7 +90,7 @@ def moments(forms: Forms, seen: Inputs | None) -> tuple[Tensor, Tensor]:
         return one, one
     x = seen.with_one(forms.biased)
     raw = second_moment(x)
-    return raw, raw if forms.uses == "tied" else centred_moment(x, seen.causal)
+    return raw, raw if forms.averages_keys else centred_moment(x, seen.causal)
 
 
 def root(moment: Tensor) -> Tensor:
@@ -90,7 +109,7 @@ def gains(forms: Forms, seen: Inputs | None = None, *, together: bool = False) -
         return table.gather(1, _order(table, together))
     left, right = map(root, moments(forms, seen))
     found = torch.stack([_svd(q, k, left, right)[1] for q, k in zip(forms.q, forms.k, strict=True)])
-    return (forms.scale * found).square()
+    return (forms.scales[:, None] * found).square()
 
 
 def _svd(q: Tensor, k: Tensor, left: Tensor, right: Tensor):
@@ -104,17 +123,53 @@ def _svd(q: Tensor, k: Tensor, left: Tensor, right: Tensor):
 
 
 def _pair_gains(forms: Forms, seen: Inputs | None) -> Tensor:
+    """What every pair keeps, (H, P)."""
+    if forms.uses in ("scores", "tied"):
+        return _score_gains(forms, seen)
+    if seen is not None:
+        return _lost_alone(forms, seen)
+    values = forms.k if forms.values is None else forms.values
+    values = values if forms.shares is None else forms.shares * values
+    sizes = torch.linalg.matrix_norm(forms.writing[:, :, forms.pairs], 2).square().sum(1)
+    sizes = sizes * torch.linalg.matrix_norm(values[:, forms.pairs], 2).square()
+    return _score_gains(forms, seen) / 2 + sizes / sizes.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def _lost_alone(forms: Forms, seen: Inputs) -> Tensor:
+    """Half the variance of the scores of each pair under the weights, and its share of the square of the force."""
+    written = forms.writing[:, :, forms.pairs]  # (H, O, P, 2, W)
+    squares = torch.einsum("hopiw,hopjw->hopij", written, written)
+    varied, moved, whole = 0.0, 0.0, 0.0
+    for n in range(len(seen.x)):
+        one = seen.part(slice(n, n + 1))
+        p = forms.scores(one).masked_fill(~one.visible(), -torch.inf).softmax(-1)
+        q, k = (value[..., forms.pairs] for value in forms.features(one))  # (..., T, P, 2)
+        mean = (p @ k.flatten(-2)[:, :, None]).unflatten(-1, (-1, 2))
+        second = k[..., None] * k[..., None, :]
+        second = (p @ second.flatten(-3)[:, :, None]).unflatten(-1, (-1, 2, 2))
+        spread = second - mean[..., None] * mean[..., None, :]
+        varied = varied + torch.einsum("bhotpi,bhotpij,bhotpj->hp", q, spread, q)
+        average = forms.averages(p, one)[..., forms.pairs]
+        moved = moved + torch.einsum("bhotpi,hopij,bhotpj->hp", average, squares, average)
+        whole = whole + forms.forces(p, one).square().sum((0, 2, 3))
+    varied = varied * forms.scales[:, None].square() / (2 * seen.x.shape[0] * seen.x.shape[1])
+    return varied.clamp(min=0) + moved / whole[:, None].clamp(min=1e-30)
+
+
+def _score_gains(forms: Forms, seen: Inputs | None) -> Tensor:
+    """The variance of the scores of each pair, over all that is seen, (H, P)."""
     first, second = forms.pairs.T
+    scales = forms.scales[:, None].square()
     if seen is None:
         of_q = torch.stack([forms.q[:, :, first], forms.q[:, :, second]], -2)  # (H, O, P, 2, W)
         of_k = torch.stack([forms.k[:, first], forms.k[:, second]], -2)
         sizes = torch.linalg.matrix_norm(of_q, 2).square().sum(1)
-        return forms.scale**2 * sizes * torch.linalg.matrix_norm(of_k, 2).square()
+        return scales * sizes * torch.linalg.matrix_norm(of_k, 2).square()
     q, k = forms.features(seen)
     q = torch.stack([q[..., first], q[..., second]], -1)  # (B, H, O, T, P, 2)
     k = torch.stack([k[..., first], k[..., second]], -1)  # (B, H, T, P, 2)
     cq = torch.einsum("bhotpi,bhotpj->hpij", q, q) / (q.shape[0] * q.shape[3])
-    if forms.uses == "tied":
+    if forms.averages_keys:
         ck = torch.einsum("bhtpi,bhtpj->hpij", k, k) / (k.shape[0] * k.shape[2])
     else:
         heads, pairs = k.shape[1], k.shape[3]
@@ -125,7 +180,7 @@ def _pair_gains(forms: Forms, seen: Inputs | None) -> Tensor:
                 for h in range(heads)
             ]
         )
-    return forms.scale**2 * torch.einsum("hpij,hpji->hp", cq, ck)
+    return scales * torch.einsum("hpij,hpji->hp", cq, ck)
 
 
 def _order(table: Tensor, together: bool) -> Tensor:
@@ -148,26 +203,29 @@ def cut(
     if forms.pairs is not None:
         order = _order(_pair_gains(forms, seen), together)
         kept = tuple(tuple(sorted(order[a, : rank // 2].tolist())) for a, rank in enumerate(ranks))
-        rows = [rows_of(forms, row) for row in kept]
-        q = tuple(forms.q[a, :, row] for a, row in enumerate(rows))
-        k = tuple(forms.k[a, row] for a, row in enumerate(rows))
-        found = Cut(q, k, kept, forms.diagonal)
+        places = [rows_of(forms, row) for row in kept]
+        rows = {
+            name: tuple(value[a][..., row, :] for a, row in enumerate(places))
+            for name, value in forms.rows.items()
+        }
+        found = Cut(**rows, kept=kept, diagonal=forms.diagonal)
         if forms.diagonal is None or seen is None:
             return found
         return replace(found, diagonal=forms.diagonal + _refit_turned(forms, found, seen))
     left, right = moments(forms, seen)
     halves = root(left), root(right)
-    q, k = [], []
+    rows = {name: [] for name in forms.rows}
     for a, rank in enumerate(ranks):
         (rx, ry, u, vh), s = _svd(forms.q[a], forms.k[a], *halves)
         size = s[:rank].clamp(min=torch.finfo(s.dtype).tiny).rsqrt()
         size = torch.where(s[:rank] > 1e-14 * s[0].clamp(min=1e-300), size, 0.0)[:, None]
-        q.append(size * (vh[:rank] @ ry) @ forms.q[a])
-        k.append(size * (u[:, :rank].T @ rx) @ forms.k[a])
+        asking, asked = size * (vh[:rank] @ ry), size * (u[:, :rank].T @ rx)
+        for name, value in forms.rows.items():
+            rows[name].append((asking if name in ("q", "outputs") else asked) @ value[a])
     diagonal = forms.diagonal
     if diagonal is not None:
-        diagonal = diagonal + _refit(forms, q, k, left, right)
-    return Cut(tuple(q), tuple(k), None, diagonal)
+        diagonal = diagonal + _refit(forms, rows["q"], rows["k"], left, right)
+    return Cut(**{n: tuple(v) for n, v in rows.items()}, kept=None, diagonal=diagonal)
 
 
 def _refit(forms: Forms, q, k, left: Tensor, right: Tensor) -> Tensor:
@@ -203,15 +261,16 @@ def _refit_turned(forms: Forms, found: Cut, seen: Inputs) -> Tensor:
     wanted = seen.x.new_zeros(len(own), width)
     for n in range(len(seen.x)):
         one = seen.part(slice(n, n + 1))
-        lost = (whole.scores(one) - rest.scores(one))[0].mean(1) / forms.scale  # (H, T, S)
-        if forms.uses != "tied":
+        lost = (whole.scores(one) - rest.scores(one))[0].mean(1)  # (H, T, S)
+        lost = lost / forms.scales[:, None, None]
+        if not forms.averages_keys:
             lost = lost - (share * lost).sum(-1, keepdim=True)
         for a, row in enumerate(own):
             x = one.x[0][:, row]
             seen_squares = (share @ (x[:, :, None] * x[:, None]).flatten(1)).unflatten(
                 1, (width, -1)
             )
-            if forms.uses != "tied":
+            if not forms.averages_keys:
                 mean = share @ x
                 seen_squares = seen_squares - mean[:, :, None] * mean[:, None]
             systems[a] += (x[:, :, None] * x[:, None] * seen_squares).sum(0)

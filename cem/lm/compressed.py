@@ -14,8 +14,9 @@ from cem.compression import LowRankAttention, described
 from cem.layer import EnergyLayer
 
 from .config import CEMConfig
-from .layers import OPTIONS, energy_in_groups
+from .layers import OPTIONS, energy_in_groups, usual_sizes
 from .quiet import quiet
+from .routed import layers_of
 
 KEY = "low_rank_attention"
 
@@ -44,12 +45,13 @@ def save_compressed(model: PreTrainedModel, folder: str | PathLike) -> Path:
     if isinstance(config, CEMConfig):
         blocks = [list(parts) for parts in config.blocks]
         for block, parts in zip(model.model.layers, blocks, strict=True):
-            layers = zip(block.parts.items(), parts, strict=True)
-            for place, ((name, layer), part) in enumerate(layers):
-                if isinstance(layer, EnergyLayer) and not _is_as_said(layer, part):
-                    kept = {k: v for k, v in part.items() if k in OPTIONS and k != "head_groups"}
-                    kept.pop("init", None)
-                    parts[place] = kept | described(layer) | {"name": name}
+            for place, (name, part) in enumerate(block.parts.items()):
+                said, layers = parts[place], layers_of(part)
+                if "parts" in said:
+                    pairs = zip(layers, said["parts"], strict=True)
+                    parts[place] = {**said, "parts": [_now(*pair) for pair in pairs]}
+                else:
+                    parts[place] = _now(layers[0], said, name)
         config.layers = blocks
     if low:
         setattr(config, KEY, low)
@@ -57,8 +59,19 @@ def save_compressed(model: PreTrainedModel, folder: str | PathLike) -> Path:
     return Path(folder)
 
 
+def _now(layer: nn.Module, part: dict, name: str | None = None) -> dict:
+    """The description of a layer after a cut, from the one before."""
+    if not isinstance(layer, EnergyLayer) or _is_as_said(layer, part):
+        return part
+    kept = {k: v for k, v in part.items() if k in OPTIONS and k not in ("head_groups", "init")}
+    return kept | described(layer) | ({} if name is None else {"name": name})
+
+
 def _is_as_said(layer: EnergyLayer, part: dict) -> bool:
-    return energy_in_groups(part, "layer")[0] == layer.energy_function
+    energy, said = energy_in_groups(part, "layer")
+    sizes = usual_sizes(layer.dim, said.get("heads")) | said
+    sized = all(sizes.get(size, value) == value for size, value in layer.sizes.items())
+    return sized and energy == layer.energy_function
 
 
 @quiet()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import cem
 from cem.compression import of_groups
+from cem.compression.groups import with_values_apart
 
 from .routed import routed
 
@@ -99,6 +100,8 @@ def derived(description: Mapping[str, Any], dim: int, eps: float, where: str = "
       is descended at once: ``["rotary_interaction", "gated_silu"]`` is a parallel block;
     - ``head_groups``: where heads have several ranks, a list of the sizes and scalars of each group of heads,
       ``[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]``; the energy is then the sum over the groups;
+    - ``value_rank``: where values and outputs have matrices of their own, their rank, so that ``rank`` is that of
+      queries and keys alone;
     - every named size but ``dim``, and every scalar that differs from its default, under its own name; ``heads``,
       ``rank`` and ``hidden`` that are missing are those of Llama, see :func:`usual_sizes`;
     - ``norm``: ``"RMSNorm"`` (the default, without a gain), ``"LayerNorm"`` or None, or a mapping from such a name
@@ -221,10 +224,7 @@ def energy_in_groups(
     Raises:
         ValueError: as :func:`energy_of`, or groups that are no list of sizes, or of an energy without heads.
     """
-    energy = energy_of(description, where)
-    if "head_groups" not in description:
-        return energy, description
-    groups = description["head_groups"]
+    energy, groups = energy_of(description, where), description.get("head_groups", [{}])
     listed = isinstance(groups, list) and all(isinstance(one, Mapping) for one in groups)
     if not listed or not groups:
         raise ValueError(
@@ -232,9 +232,12 @@ def energy_in_groups(
             ' `[{"heads": 2, "rank": 32}, {"heads": 2, "rank": 8}]`'
         )
     said = {key: value for key, value in description.items() if key != "head_groups"}
-    if len(groups) == 1:
-        return energy, said | groups[0]
+    apart = any("value_rank" in one for one in (said, *groups))
     try:
+        if apart and "value_rank" not in map(str, energy.dims):
+            energy = with_values_apart(energy)
+        if len(groups) == 1:
+            return energy, said | groups[0]
         made = of_groups(energy, len(groups), name=energy.name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
