@@ -306,10 +306,20 @@ def test_energies_move_by_no_more_than_they_may():
         assert 0 < moved <= done.energy_bound(size, size)
 
 
-def test_biases_of_position_are_cut_but_not_compared():
-    _, done = compress(layer_of("alibi_interaction"), 2, states())
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "alibi_interaction",
+        "sink_interaction",
+        "soft_capped_interaction",
+        "squared_interaction",
+        "symmetrised_interaction",
+    ],
+)
+def test_weights_that_are_not_a_softmax_of_the_forms_are_cut_but_not_compared(kind):
+    _, done = compress(cem.derive(getattr(energies, kind), dim=DIM, heads=3, rank=4), 2, states())
     assert done.calibrated is None
-    with pytest.raises(ValueError, match="depend on positions or a window beside Q and K"):
+    with pytest.raises(ValueError, match="are not the softmax of Q and K alone"):
         done.bounds(states())
 
 

@@ -53,7 +53,8 @@ class Truncation:
             data-weighted score variance; of tied values of the mean square of the scores; with values or outputs that
             are cut too, of that and the squared force.
         parameters: of the layer, before and after, as counted.
-        calibrated: the bounds on the calibration data; None without data, or where scores have biases of position.
+        calibrated: the bounds on the calibration data; None without data, or where the weights are not the softmax of
+            Q and K alone.
     """
 
     ranks: tuple[int, ...]
@@ -69,8 +70,8 @@ class Truncation:
         """The same comparison on other data, such as held-out text: every row against every bound."""
         if not self.forms.alone:
             raise ValueError(
-                "the weights of this layer depend on positions or a window beside Q and K: got an energy with such a"
-                " bias, whose rows are not compared; compare losses"
+                "the weights of this layer are not the softmax of Q and K alone: got an energy with a bias, a window, a"
+                " cap or a sink, or without a softmax, whose rows are not compared; compare losses"
             )
         return bounds(self.forms, self.cut, _inputs(seen))
 
@@ -104,7 +105,7 @@ def compress(
             with it. Without it all directions count alike and nothing is fitted.
         together: all heads keep the same pairs of a rotation, so that they stay one call of the kernel.
         steps: of the fit. It holds the weights of the calibration data, B H T T numbers of float32. With 0, and where
-            scores have biases of position or a window, the cut stays as it is.
+            weights are more than a softmax of Q and K (a bias, a cap, a sink), the cut stays as it is.
 
     Returns:
         The new layer, and the :class:`Truncation`.

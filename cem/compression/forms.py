@@ -21,9 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from sympy import Add, Function, Mul, Sum, expand_mul
 from torch import Tensor, nn
 
 from ..language.positions import POSITIONS, Lookup, Rope
+from ..language.reductions import LogSumExp
 from ..language.symbols import size_of
 from ..language.words import only
 from ..layer import EnergyLayer
@@ -50,7 +52,7 @@ class Forms:
         biased: whether x ends in a 1.
         uses: what a rank takes part in, as in :class:`cem.allocation.Heads`.
         blocked: whether the diagonal of a head is zero outside its own block of coordinates.
-        alone: whether the scores are those forms and nothing else: no bias by position, no window.
+        alone: whether the weights are a softmax of the forms and nothing else: no bias, window, cap or sink.
         values: V (H, R, W), or None where the keys are averaged, or where V keeps its rank.
         outputs: W (H, O, R, W), or None where the queries write, or where W keeps its rank.
         shares: w (H, R, 1), (H, 1, 1) where it is one number a head, or None.
@@ -308,10 +310,23 @@ def _of_energy(layer: EnergyLayer) -> Forms:
 
 
 def _is_alone(energy) -> bool:
-    """Whether positions are read by rotations only, and nothing hides tokens."""
+    """Whether the weights are a softmax of the forms alone: no bias, cap or sink, all seen, Q on the state only."""
     swap = {rope: rope.body for rope in energy.expression.atoms(Rope)}
     bare = energy.expression.xreplace(swap)
-    return not bare.atoms(*POSITIONS) and not bare.atoms(only) and not bare.atoms(Lookup)
+    if bare.atoms(*POSITIONS) or bare.atoms(only) or bare.atoms(Lookup):
+        return False
+    (Q,) = (p for p in energy.parameters if p.name == "Q")
+    means = bare.atoms(LogSumExp)
+    if bare.xreplace(dict.fromkeys(means, 0)).has(Q):
+        return False
+    if any(function.has(Q) for function in bare.atoms(Function)):
+        return False
+    for product in bare.atoms(Mul):
+        plain = [factor for factor in product.args if not factor.has(Sum)]
+        if any(one.has(Q) for one in plain) and any(one.has(energy.context) for one in plain):
+            return False
+    terms = (term for one in means for term in Add.make_args(expand_mul(one.args[0], deep=False)))
+    return all(term.has(Q) or term.has(energy.state) for term in terms)
 
 
 def _counts(parameter, heads) -> bool:
