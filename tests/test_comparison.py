@@ -95,6 +95,16 @@ def test_a_grid_is_compared_value_by_value(tmp_path):
     assert lines[-1][1] == "0, 1 failed"
 
 
+def test_utilisation_is_of_the_largest_peak_that_was_found(tmp_path):
+    sweep = Sweep(base={}, sides=SIDES)
+    rows = sweep.run(tmp_path, train=Fake())
+    one, other = rows.values()
+    one |= {"tokens_per_second": 100.0, "flops_per_token": 10.0, "mfu": 1.25}  # a peak of 800
+    other |= {"tokens_per_second": 100.0, "flops_per_token": 10.0, "mfu": 0.5}  # and of 2,000
+    titles, lines = comparison.table(sweep, rows)
+    assert [line[titles.index("MFU")] for line in lines] == ["50%", "50%"]
+
+
 def test_a_report_of_a_sweep_that_has_only_begun(tmp_path):
     sweep = Sweep(sides=SIDES, select="loss", vary=RATES)
     assert "loss at seed 0" in comparison.compare(sweep, {}, tmp_path)

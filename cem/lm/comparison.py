@@ -144,8 +144,7 @@ def beside_of(sweep: Sweep, found: Sequence[Group]) -> Callable[[Group], Group |
 def table(sweep: Sweep, rows: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
     """The titles and the cells of the comparison, a line for each group."""
     found = groups(sweep, rows)
-    beside = beside_of(sweep, found)
-    lines = []
+    beside, peaks, lines = beside_of(sweep, found), _peaks(rows), []
     for group in found:
         failed = f", {len(group.failed)} failed" if group.failed else ""
         line = [group.label, f"{len(group.rows)}{failed}"]
@@ -158,12 +157,27 @@ def table(sweep: Sweep, rows: Mapping[str, dict]) -> tuple[list[str], list[list[
                 f"{group.mean('parameters'):,.0f}",
                 _engineering(group.mean("flops_per_token")),
                 f"{group.mean('tokens_per_second'):,.0f}",
-                f"{group.mean('mfu'):.0%}",
+                f"{np.mean([_work(row) / peaks.get(row['device'], np.inf) for row in group.rows.values()]):.0%}",
                 f"{group.mean('peak_memory') / 2**20:,.0f} MiB",
                 f"{group.mean('seconds') / 3600:.3g}",
             ]
         lines.append(line + [""] * (len(_TITLES) - len(line)))
     return [title.format(reference=sweep.reference) for title in _TITLES], lines
+
+
+def _work(row: Mapping) -> float:
+    """Operations a second."""
+    return row["tokens_per_second"] * row["flops_per_token"]
+
+
+def _peaks(rows: Mapping[str, dict]) -> dict[str, float]:
+    """The peak of every device: the largest that a run on it found, for other work on a machine hides a part of it."""
+    peaks: dict[str, float] = {}
+    for row in rows.values():
+        if not row["reason"] and row["mfu"]:
+            device = row["device"]
+            peaks[device] = max(peaks.get(device, 0.0), _work(row) / row["mfu"])
+    return peaks
 
 
 def selection(sweep: Sweep, rows: Mapping[str, dict]) -> tuple[list[str], list[list[str]]]:
