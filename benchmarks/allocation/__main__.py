@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             Path(folder), given.windows, given.held_out, given.checked
         )
         results |= {
-            "command": "python -m benchmarks.allocation",
+            "command": f"python -m benchmarks.allocation --windows {given.windows}",
             "seed": said["base"]["seed"],
             "device": f"cpu, {torch.get_num_threads()} thread, float32; spectra and bounds float64",
             "versions": {
