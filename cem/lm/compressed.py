@@ -15,6 +15,7 @@ from cem.layer import EnergyLayer
 
 from .config import CEMConfig
 from .layers import OPTIONS, energy_in_groups, usual_sizes
+from .model import CEMForCausalLM
 from .quiet import quiet
 from .routed import layers_of
 
@@ -89,7 +90,8 @@ def load_compressed(folder: str | PathLike) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     low = getattr(config, KEY, None)
     if not low:
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
+        kind = CEMForCausalLM if isinstance(config, CEMConfig) else AutoModelForCausalLM
+        return kind.from_pretrained(folder).eval()
     model = AutoModelForCausalLM.from_config(config)
     for name, said in low.items():
         module: nn.Module = model.get_submodule(name)
