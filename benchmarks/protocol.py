@@ -23,7 +23,7 @@ def publish(name: str, sweep: Sweep, out: Path, results: Path, readme: Path) -> 
     results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "runs.csv", results / f"{name}.csv")
     pictures = []
-    for picture in ("differences", "pareto", "curves"):
+    for picture in ("differences", "pareto", "curves", "gradients", "descents"):
         if (out / f"{picture}.png").is_file():
             shutil.copyfile(out / f"{picture}.png", results / f"{name}-{picture}.png")
             pictures.append(f"![{picture} of {name}](results/{name}-{picture}.png)")

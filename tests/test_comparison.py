@@ -131,6 +131,21 @@ def test_pictures_of_what_was_compared(tmp_path):
     assert ax.get_ylabel().startswith("training loss") and len(ax.lines) == 2 * len(found)
 
 
+def test_pictures_of_gradients_and_energies_along_the_runs(tmp_path):
+    sweep, rows = swept(tmp_path, select=None)
+    found = [group for group in comparison.groups(sweep, rows) if group.rows]
+    line = {"layer": "layers.0", "energy": "gated", "before": 2.0, "after": 0.5}
+    norms, energies = {}, {}
+    for name in rows:
+        norms[name] = [{"tokens": n, "grad_norm": 8.0 / n} for n in (2, 4)]
+        energies[name] = [] if "llama" in name else [line | {"step": 0}, line | {"step": 5}]
+    ax = pictures.gradients(found, norms)
+    assert len(ax.lines) == len(found) and ax.lines[0].get_ydata().tolist() == [4.0, 2.0]
+    figure = pictures.descents(found, energies)
+    assert [ax.get_title() for ax in figure.axes] == ["cem"]
+    assert figure.axes[0].lines[1].get_ydata().tolist() == [1.5, 1.5]
+
+
 def test_the_command_reports(tmp_path, monkeypatch, capsys):
     swept(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cem", "sweep", "--report", str(tmp_path)])

@@ -230,8 +230,8 @@ def text(sweep: Sweep, rows: Mapping[str, dict], markdown: bool = False) -> str:
 def compare(sweep: Sweep, rows: Mapping[str, dict], out: str | Path) -> str:
     """:func:`text`; pictures are drawn into the folder of the sweep.
 
-    differences.png is always drawn, pareto.png and curves.png where there are no more than 14 sides, which a legend
-    can still tell apart.
+    differences.png is always drawn; pareto.png, curves.png, gradients.png and, where energies were recorded,
+    descents.png where there are no more than 14 sides, which a legend can still tell apart.
     """
     from . import pictures
 
@@ -240,13 +240,17 @@ def compare(sweep: Sweep, rows: Mapping[str, dict], out: str | Path) -> str:
     if any(map(beside_of(sweep, found), found)):
         drawn["differences"] = pictures.differences(found, beside_of(sweep, found)).figure
     if found and len({group.side for group in found}) <= 14:
-        lines = {
-            row["name"]: read_records(Path(out) / row["name"] / "metrics.jsonl")
-            for group in found
-            for row in group.rows.values()
-        }
+        names = [row["name"] for group in found for row in group.rows.values()]
+        metrics, energies = (
+            {name: read_records(Path(out) / name / f"{file}.jsonl") for name in names}
+            for file in ("metrics", "energies")
+        )
         drawn["pareto"] = pictures.pareto(found)
-        drawn["curves"] = pictures.curves(found, lines).figure
+        drawn["curves"] = pictures.curves(found, metrics).figure
+        if any("grad_norm" in line for lines in metrics.values() for line in lines):
+            drawn["gradients"] = pictures.gradients(found, metrics).figure
+        if any(energies.values()):
+            drawn["descents"] = pictures.descents(found, energies)
     for name, figure in drawn.items():
         figure.savefig(Path(out) / f"{name}.png", dpi=150)
         matplotlib.pyplot.close(figure)

@@ -290,6 +290,57 @@ def curves(groups, lines, *, ax=None):
     return ax
 
 
+@matplotlib.rc_context(plot._STYLE)
+def gradients(groups, lines, *, ax=None):
+    """Draws the norm of the gradient of each side, before it is clipped: the mean and the range of the seeds.
+
+    Args:
+        groups: see :func:`cem.lm.comparison.groups`.
+        lines: of metrics.jsonl, by the names of the runs.
+    """
+    ax = plot._axes(ax, 5.4, 3.2)
+    styles = _side_styles(groups)
+    for group in groups:
+        seeds = [_points(lines[row["name"]], "grad_norm") for row in group.rows.values()]
+        tokens = sorted(set.intersection(*(set(points) for points in seeds)))
+        if not tokens:
+            continue
+        style = styles[group.side]
+        tokens, values = _thinned(tokens, np.array([[one[n] for n in tokens] for one in seeds]))
+        low, high = values.min(0), values.max(0)
+        ax.fill_between(tokens, low, high, color=style["color"], alpha=0.15, lw=0)
+        kind = "-" if style["marker"] == "o" else "--"
+        ax.plot(tokens, values.mean(0), kind, color=style["color"], label=group.side)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("norm of the gradient")
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+@matplotlib.rc_context(plot._STYLE)
+def descents(groups, lines):
+    """Draws :func:`descent` of each side that recorded energies, at its first seed; returns the figure.
+
+    Args:
+        groups: see :func:`cem.lm.comparison.groups`.
+        lines: of energies.jsonl, by the names of the runs.
+    """
+    runs = {group.side: lines[next(iter(group.rows.values()))["name"]] for group in groups}
+    runs = {side: found for side, found in runs.items() if found}
+    height = -(-len(runs) // 2)
+    size = (10.4, 2.7 * height)
+    figure, axes = matplotlib.pyplot.subplots(
+        height, 2, figsize=size, layout="constrained", squeeze=False
+    )
+    for ax, (side, found) in zip(axes.flat, runs.items(), strict=False):
+        descent(found, ax=ax).set_title(side)
+    for ax in axes.flat[len(runs) :]:
+        ax.remove()
+    return figure
+
+
 def _points(lines, name: str) -> dict[int, float]:
     return {line["tokens"]: line[name] for line in lines if name in line}
 
