@@ -321,6 +321,8 @@ def test_weights_that_are_not_a_softmax_of_the_forms_are_cut_but_not_compared(ki
     assert done.calibrated is None
     with pytest.raises(ValueError, match="are not the softmax of Q and K alone"):
         done.bounds(states())
+    with pytest.raises(ValueError, match="are not the softmax of Q and K alone"):
+        done.energy_bound(1.0, 1.0)
 
 
 # -- refusals and groups ---------------------------------------------------------------------------------------

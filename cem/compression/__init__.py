@@ -67,18 +67,26 @@ class Truncation:
     cut: Forms = field(repr=False)
 
     def bounds(self, seen: Inputs | Tensor) -> Bounds:
-        """The same comparison on other data, such as held-out text: every row against every bound."""
+        """The same comparison on other data, such as held-out text: every row against every bound.
+
+        Raises:
+            ValueError: the weights of the layer are not the softmax of Q and K alone.
+        """
+        self._softmax_alone()
+        return bounds(self.forms, self.cut, _inputs(seen))
+
+    def energy_bound(self, size: float, context: float) -> float:
+        """How far a token's energy can move, where :meth:`bounds` speaks: the sum of |W_a - W'_a| |h| max|x_s|."""
+        self._softmax_alone()
+        moved = operator_norms(self.forms, self.cut) / self.forms.scales[:, None]
+        return float(moved.sum()) * size * context
+
+    def _softmax_alone(self) -> None:
         if not self.forms.alone:
             raise ValueError(
                 "the weights of this layer are not the softmax of Q and K alone: got an energy with a bias, a window, a"
                 " cap or a sink, or without a softmax, whose rows are not compared; compare losses"
             )
-        return bounds(self.forms, self.cut, _inputs(seen))
-
-    def energy_bound(self, size: float, context: float) -> float:
-        """How far the interaction energy of a token can move: the sum over heads of |W_a - W'_a| |h| max|x_s|."""
-        moved = operator_norms(self.forms, self.cut) / self.forms.scales[:, None]
-        return float(moved.sum()) * size * context
 
 
 def _inputs(seen: Inputs | Tensor, causal: bool = True) -> Inputs:

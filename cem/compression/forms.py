@@ -239,8 +239,8 @@ def read(module: nn.Module) -> Forms:
     """The forms of a layer.
 
     Raises:
-        ValueError: it is no attention, its scores are not bilinear in what it reads (a norm of queries and keys, a
-            soft cap), or only a part of its coordinates turns.
+        ValueError: it is no attention, its scores are not bilinear in what it reads (a norm of queries and keys), or
+            only a part of its coordinates turns.
 
     >>> import cem
     >>> from cem.energies import interaction
