@@ -79,6 +79,10 @@ def rotate(value: Tensor, turns: tuple[Tensor, Tensor], interleaved: bool, inver
     turning = value if width == value.shape[-1] else value[..., :width]
     if interleaved:
         swapped = turning.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
+    elif (
+        torch.compiler.is_compiling()
+    ):  # a compiler reads two slices in vectors, and a roll one by one
+        swapped = torch.cat(turning.chunk(2, -1)[::-1], -1)
     else:
         swapped = turning.roll(width // 2, -1)
     turned = torch.addcmul(turning * cos, swapped, sin, value=-1 if inverse else 1)
